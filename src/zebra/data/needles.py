@@ -1,7 +1,7 @@
-"""Retrieval samples: questions whose answer is at a known depth of a long text, by seed, exact to the token, offline.
+"""Retrieval samples: questions whose answer is at a known depth of a long text, drawn by a seed, exact to the token.
 
     [prefix] instruction | haystack .. [needle] .. [distractor] .. | query: a question, the beginning of its answer
-             '------------------------------ `length` tokens ------------------------------------------------'
+    '----------------------------------- `length` tokens ---------------------------------------------------------'
 
 `zebra.data.questions` has the tasks, `zebra.data.haystack` says what is exact.
 """
@@ -36,9 +36,9 @@ class Sample:
     Attributes:
         ids: the prompt.
         answers: what a right continuation contains, in any order.
-        distractors: wrong answers, of the same number of tokens; those of other keys in the text come first.
+        distractors: wrong answers with the same number of tokens; the values of other keys in the text come first.
         needle_starts: where in `ids` each needle begins; empty where the answer depends on the whole text.
-        depth: 0 to 1, where the first needle begins in the body; None where the answer depends on the whole text.
+        depth: where the first needle begins in the body, 0 to 1; None where the answer depends on the whole text.
     """
 
     task: str
@@ -50,15 +50,15 @@ class Sample:
 
     @property
     def max_answer_tokens(self) -> int:
-        """Tokens that an answer in a sentence may take."""
+        """Tokens to generate, enough for answers within a sentence."""
         return 8 + 2 * sum(len(answer.ids) for answer in self.answers)
 
 
 class SampleGenerator:
-    """The tasks under one tokenizer, with one haystack.
+    """Draws samples of all tasks with one tokenizer and one haystack.
 
     Args:
-        haystack: documents to hide needles in, as tokens (n,); noise, a few sentences over and over, where None.
+        haystack: documents to hide needles in, as tokens (n,); None takes noise, a few sentences over and over.
     """
 
     def __init__(self, tokenizer: Tokenizer, haystack: Iterable[NDArray[np.integer[Any]]] | None = None):
@@ -68,22 +68,22 @@ class SampleGenerator:
     def samples(
         self, task: str, *, length: int, depth: float | None = None, first: int = 0, count: int = 1, seed: int = 0
     ) -> list[Sample]:
-        """Samples of one task: prompts of `length` tokens. Each follows from the seed and its number.
+        """Draw `count` samples of one task: prompts of `length` tokens. Each depends on the arguments and its number.
 
         Args:
-            first: the number of the first one.
+            first: the number of the first sample.
             depth: 0 to 1, see `zebra.data.haystack.place_needles`; ignored by the tasks in `WITHOUT_DEPTH`.
 
         Raises:
-            ZebraError: no such task, a depth outside 0 to 1, a length too short for the task, a haystack too short, a
-                tokenizer that cannot write what the task needs.
+            ZebraError: no such task, a depth outside 0 to 1, no samples or too many, a length too short for the task, a
+                haystack too short, or a tokenizer that cannot write what the task needs.
         """
         depth = check_task(task, depth, count)
         draws = self._draw(task, length, depth, range(first, first + count), seed)
         return [self._sample(task, context, parts, length, depth) for context, parts in draws]
 
     def check(self, task: str, *, length: int, depth: float | None = None, count: int = 1, seed: int = 0) -> None:
-        """Raise what `samples` would, except for a short haystack, without writing the samples."""
+        """Raise what `samples` would raise, except for a short haystack, without building the samples."""
         self._draw(task, length, check_task(task, depth, count), range(count), seed)
 
     def _draw(
@@ -142,7 +142,7 @@ def _entries(context: SampleContext, size: int) -> Haystack:
 
 
 def _word_list(context: SampleContext, parts: SampleParts, size: int) -> list[int]:
-    """Words in the frequencies of the task; the last one is cut where the length cuts it."""
+    """Shuffled words with the frequencies of the task; the beginning of one more word fills the rest."""
     assert parts.word_counts is not None
     width = len(parts.answers[0].ids)
     counts = parts.word_counts(size // width)
@@ -154,11 +154,11 @@ def _word_list(context: SampleContext, parts: SampleParts, size: int) -> list[in
 
 
 _MOST_SAMPLES = 100_000
-"""They are drawn before they are measured, and their tokens fill the memory."""
+"""All are drawn before they are measured, so their tokens must fit in memory."""
 
 
 def check_task(task: str, depth: float | None, count: int) -> float | None:
-    """The depth that a task has; None where its answer depends on the whole text.
+    """Check the options of a task; returns its depth, None where the answer depends on the whole text.
 
     Raises:
         ZebraError: no such task, a depth outside 0 to 1, no samples or too many.

@@ -1,10 +1,10 @@
-"""Sequences of one length from documents of many: packed and kept apart, or joined into long ones.
+"""Pack documents of any length into sequences of one length: kept apart, or joined into long ones.
 
-    apart    [a a a a a b b c]   positions 0 1 2 3 4 0 1 0   each document attends to itself alone
+    apart    [a a a a a b b c]   positions 0 1 2 3 4 0 1 0   each document attends only to itself
     joined   [a a a a a b b c]   positions 0 1 2 3 4 5 6 7   one long document
 
-A document longer than a sequence is cut at multiples of its length; what is left of each is packed by best fit, longest
-first, which cuts no document that fits a sequence (arXiv 2404.10830).
+When kept apart, a document longer than a sequence is cut at multiples of the sequence length. The pieces are packed by
+best fit, longest first, which cuts no document that fits in a sequence (arXiv 2404.10830).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from zebra.errors import ZebraError
 
 IGNORE = -100
-"""The label of a token that is not predicted, as in torch's cross entropy."""
+"""The label of a token that is not predicted: the default `ignore_index` of torch's cross-entropy."""
 
 
 class Documents(Protocol):
-    """Tokenised documents, such as a corpus: `lengths` (documents,), and document `i` (lengths[i],)."""
+    """Tokenised documents, such as a corpus: `lengths` (documents,), and document `i` of shape (lengths[i],)."""
 
     @property
     def lengths(self) -> NDArray[np.int64]: ...  # noqa: D102
@@ -37,12 +37,12 @@ class Documents(Protocol):
 class PackedSequences:
     """A dataset of training sequences: item `i` has `input_ids`, `position_ids` and `labels`, each (length,), int64.
 
-    A label is the token itself, and `IGNORE` where no token of the same document comes before it, or there is padding.
+    A label is the token itself, or `IGNORE` for padding and where no token of the same document comes before it.
 
     Attributes:
         pieces: (pieces, 3), the document, start and length of each piece, sequence by sequence.
-        firsts: (sequences + 1,), the index of the first piece of each sequence.
-        apart: whether positions start again at each piece.
+        firsts: (sequences + 1,), the index of the first piece of each sequence, and the number of pieces.
+        apart: whether positions restart at 0 with each piece.
     """
 
     documents: Documents
@@ -72,7 +72,7 @@ class PackedSequences:
         return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
     def take(self, which: NDArray[np.int64]) -> PackedSequences:
-        """The sequences of these indices, in their order."""
+        """The sequences at these indices, in this order."""
         pieces = [self.pieces[self.firsts[i] : self.firsts[i + 1]] for i in which]
         firsts = np.cumsum([0, *map(len, pieces)])
         return replace(self, pieces=np.concatenate([self.pieces[:0], *pieces]), firsts=firsts)
@@ -84,7 +84,9 @@ class PackedSequences:
 
 
 def pack(documents: Documents, length: int, *, join: bool, seed: int) -> PackedSequences:
-    """Sequences of `length` tokens: documents apart, or joined in an order drawn by `seed`, without the last rest.
+    """Pack documents into sequences of `length` tokens: kept apart, or joined in an order drawn by `seed`.
+
+    When joined, the last tokens that do not fill a sequence are left out.
 
     Raises:
         ZebraError: the text is shorter than one sequence.
@@ -100,10 +102,10 @@ def pack(documents: Documents, length: int, *, join: bool, seed: int) -> PackedS
 
 
 def pack_whole(documents: Documents, length: int) -> PackedSequences:
-    """Sequences of `length` tokens with documents apart, none of them cut; the last may be nearly empty.
+    """Pack documents into sequences of `length` tokens, kept apart and never cut; the last may be nearly empty.
 
     Raises:
-        ZebraError: a document longer than a sequence.
+        ZebraError: a document is longer than a sequence.
     """
     longest = int(documents.lengths.max())
     if longest > length:
@@ -117,7 +119,7 @@ def _joined(lengths: NDArray[np.int64], length: int, seed: int) -> tuple[NDArray
     order = np.random.default_rng(seed).permutation(len(lengths))
     ends = np.cumsum(lengths[order])
     bounds = np.arange(int(ends[-1]) // length + 1) * length
-    # Every document and every sequence begins a piece; a piece ends where the next begins.
+    # A piece begins where a document or a sequence begins, and ends where the next piece begins.
     cuts = np.union1d(np.concatenate([[0], ends]), bounds)
     cuts = cuts[cuts <= bounds[-1]]
     begins, counts = cuts[:-1], np.diff(cuts)

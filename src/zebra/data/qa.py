@@ -1,9 +1,9 @@
-"""Questions about documents, with reference answers, from records, and what is wrong with them.
+"""Questions about documents with reference answers, read from records, and their faults.
 
     {"document": "...", "question": "...", "answers": ["...", "..."]}
     {"document": "...", "qa": [{"question": "...", "answers": ["..."]}, ...]}
 
-`answers` may be one string, and may be called `answer`. Words are compared as SQuAD does: lower case, without
+`answers` may be one string, and may be called `answer`. Words are compared as in SQuAD: in lower case, without
 punctuation and without a, an, the (Rajpurkar et al., arXiv 1606.05250).
 """
 
@@ -37,10 +37,10 @@ FAULTS = {
 
 
 def questions_of(fields: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
-    """The questions of a record, with their reference answers: those of the list `qa`, or else its own.
+    """The questions of a record with their reference answers: those in its list `qa`, or else its own one.
 
     Raises:
-        RecordError: another shape.
+        RecordError: `qa` is not a list of objects, or a field is missing or of another type.
     """
     entries = fields.get("qa", [fields])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -60,8 +60,8 @@ class QAExample:
     """A question about a document, and its reference answers.
 
     Attributes:
-        name: the record's `id`, or its line; followed by `#<place>` where the record has several questions.
-        group: the number of the first record with its document, which examples of several records may share.
+        name: the record's `id`, or its place such as `line 3`; followed by `#<index>` if the record has a list `qa`.
+        group: the number of the first record with the same document, so that examples of one document share it.
     """
 
     name: str
@@ -72,7 +72,7 @@ class QAExample:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The answers that have a word, each once."""
+        """The answers with at least one word; of answers with the same words, only the first."""
         first: dict[tuple[str, ...], str] = {}
         for answer in self.answers:
             if normalized := tuple(words(answer)):
@@ -81,7 +81,7 @@ class QAExample:
 
 
 def read_examples(file: Path) -> list[QAExample]:
-    """The examples of a file of records.
+    """Read the examples of a file of records.
 
     Raises:
         ZebraError: as `parse_records`; no examples at all.
@@ -119,7 +119,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def faults(examples: Sequence[QAExample]) -> list[list[str]]:
-    """The faults of each example that need neither a length nor a model, by their names in `FAULTS`."""
+    """For each example, the faults that show without a length or a model, as names in `FAULTS`."""
     seen: set[tuple[str, tuple[str, ...]]] = set()
     faults_by_example = []
     for example in examples:
@@ -138,7 +138,7 @@ def faults(examples: Sequence[QAExample]) -> list[list[str]]:
 
 
 def evidence_cut(example: QAExample, shortened: str) -> bool:
-    """Whether each reference answer has words that the document has and the shortened document has not."""
+    """Whether each reference answer has words that occur in the document, but not in the shortened document."""
     lost = _vocabulary(example.document) - set(words(shortened))
     return bool(example.references) and all(set(words(answer)) & lost for answer in example.references)
 

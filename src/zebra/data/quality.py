@@ -1,15 +1,15 @@
-"""Faults of conversations that reading finds: what should not be trained on.
+"""Faults of conversations that should not be trained on, as far as the text alone shows them.
 
 | fault | what it is |
 |---|---|
 | empty answer | no letter and no digit |
-| encoding | replacement or control characters, UTF-8 that was read as Latin-1 |
-| language | the answer is written in another script than nearly all other answers |
-| copied answer | it is the question, or has 50 words and more and stands in the prompt as a whole |
-| duplicate | the same words as a conversation before it |
-| leak | a tenth of its 13-grams of words are in a text of the evaluation (arXiv 2005.14165, appendix C, has 13) |
+| encoding | replacement or control characters, or UTF-8 that was read as Latin-1 |
+| language | the answer is in another script than at least 90 % of the answers |
+| copied answer | the answer is the question, or has at least 50 words and occurs as a whole in the prompt |
+| duplicate | the same words as an earlier conversation |
+| leak | at least a tenth of its 13-grams of words occur in an evaluation text (13 as in arXiv 2005.14165, appendix C) |
 
-A conversation has the first fault of this order.
+Of several faults, the first in this order is reported.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MIN_LETTERS = 20
 
 
 def faults(conversations: Sequence[Conversation], evaluated: frozenset[int] = frozenset()) -> dict[int, str]:
-    """The indices of the faulty conversations of one set, in their order, each with its fault.
+    """Find the faulty conversations of a data set: their indices, in order, each with its fault.
 
     Args:
-        evaluated: the n-grams of the texts of the evaluation; see `ngrams`.
+        evaluated: the n-grams of the evaluation texts, see `ngrams`; empty finds no leaks.
     """
     scripts = Counter(_script(conversation.answer) for conversation in conversations)
     del scripts[None]
@@ -49,12 +49,12 @@ def faults(conversations: Sequence[Conversation], evaluated: frozenset[int] = fr
 
 
 def ngrams(texts: Iterable[str]) -> frozenset[int]:
-    """The hashes of all n-grams of `NGRAM` words of texts; a shorter text is one n-gram."""
+    """Hashes of all n-grams of `NGRAM` words in texts; a shorter text is one n-gram."""
     return frozenset(ngram for text in texts for ngram in _ngrams(_words(text)))
 
 
 def evaluation_text(conversation: Conversation) -> str:
-    """What must not be in the training when a conversation is evaluated on: its document, or all of it."""
+    """The text of an evaluation conversation that must not be trained on: its document, or all of it without one."""
     return conversation.document if conversation.document is not None else _contents(conversation)
 
 
@@ -92,7 +92,7 @@ def _ngrams(words: list[str]) -> Iterator[int]:
 
 
 def _script(text: str) -> str | None:
-    """The script of most letters, None where there are few."""
+    """The script of most letters at the beginning of a text; None if there are too few letters."""
     letters = [letter for letter in text[:2000] if letter.isalpha()]
     if len(letters) < _MIN_LETTERS:
         return None

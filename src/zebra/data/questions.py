@@ -1,7 +1,7 @@
-"""The tasks of `zebra.data.needles`: what the samples of each ask, and in which words.
+"""The tasks of `zebra.data.needles`: what the samples of each ask, and their wording.
 
-The families are those of RULER (arXiv 2404.06654, section 3) and the passkey of arXiv 2305.16300; wording and sizes are
-ours.
+The kinds of tasks are those of RULER (arXiv 2404.06654, section 3) and the passkey of arXiv 2305.16300; wording and
+sizes are ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from zebra.errors import ZebraError
 
 _MAX_MISSES = 10_000
 DISTRACTORS = 9
-"""Wrong answers of each sample: with the right one, a guesser is right one time in ten."""
+"""Wrong answers of each sample: with the right one, a guess is right one time in ten."""
 
 
 @dataclass
@@ -27,8 +27,9 @@ class SampleParts:
     Attributes:
         query: the question, and the beginning of its answer.
         distractors: wrong values; those of other keys in the text come first.
-        entry_haystack: whether the haystack is entries like the needles.
-        word_counts: of n words, how often each word occurs, the answers first; None where the text is no list of words.
+        entry_haystack: whether the haystack consists of entries like the needles.
+        word_counts: maps a number of words to how often each distinct word occurs, the answers first; None if the text
+            is not a list of words.
     """
 
     instruction: str
@@ -42,19 +43,19 @@ class SampleParts:
 
 
 class SampleContext:
-    """Draws keys and values for one sample; none is drawn twice."""
+    """Draws keys and values for one sample, each at most once."""
 
     def __init__(self, tokenizer: PromptTokenizer, rng: Random):
         self.tokenizer, self.rng = tokenizer, rng
         self._taken: set[str] = set()
 
     def draw(self, kind: str, count: int) -> list[TokenizedText]:
-        """Different keys or values of a kind in `GENERATORS`, all of the same number of tokens.
+        """Draw distinct keys or values of a kind in `GENERATORS`, all with the same number of tokens.
 
-        So none is longer than another, and a list of them fills a length evenly.
+        So no length gives an answer away, and a list of them fills a length evenly.
 
         Raises:
-            ZebraError: the tokenizer decodes none of them to itself, or fewer than `count`.
+            ZebraError: the tokenizer can write none of them, or fewer than `count`.
         """
         size = self.tokenizer.usual_size(kind, GENERATORS[kind])
         drawn: list[TokenizedText] = []
@@ -73,7 +74,7 @@ class SampleContext:
         return drawn
 
     def entry(self, keys: str = "numbers") -> TokenIds:
-        """The tokens of an entry of a lookup, with a number as its value."""
+        """The tokens of an entry of the task lookup, with a number as its value."""
         (key,), (value,) = self.draw(keys, 1), self.draw("numbers", 1)
         return self.tokenizer.encode(_entry(key, value))
 
@@ -90,7 +91,7 @@ def _passkey(context: SampleContext) -> SampleParts:
 
 
 def _noted(context: SampleContext, queries: int = 1, values: int = 1, distractor_needles: int = 0) -> SampleParts:
-    """Numbers that are noted for words, `values` for each; the question asks for those of `queries` words."""
+    """Numbers are noted for words, `values` for each word; the question asks for those of `queries` words."""
     keys = context.draw("words", queries + distractor_needles)
     numbers = context.draw("numbers", queries * values + DISTRACTORS)
     answers, wrong = numbers[: queries * values], numbers[queries * values :]
@@ -151,13 +152,13 @@ def _variables(context: SampleContext, hops: int = 3, other_chains: int = 2) -> 
 
 
 COMMON_WORDS, FREQUENT_WORDS = 5, 3
-"""Answers of the tasks of these names."""
+"""The number of answers of the tasks common-words and frequent-words."""
 MIN_WORDS = 40
-"""Fewer have no order of frequency that a reader could be sure of."""
+"""In a list of fewer words, the most frequent ones are not certain."""
 
 
 def common_counts(words: int) -> list[int]:
-    """Five words up to 30 times and all others a tenth as often; more often only beyond 20,000 words."""
+    """Counts with five words up to 30 times each (more from 20,000 words on), and all others a tenth as often."""
     often = min(30 * (1 + words // 20_000), words // (2 * COMMON_WORDS))
     seldom = max(1, often // 10)
     rest = words - COMMON_WORDS * often
@@ -165,7 +166,7 @@ def common_counts(words: int) -> list[int]:
 
 
 def frequent_counts(words: int) -> list[int]:
-    """The r-th word 6 / (pi r)^2 of the time, a zeta distribution of exponent 2; what is left over comes once."""
+    """Counts with a share 6 / (pi r)^2 for the r-th word, a zeta distribution with exponent 2; the rest occur once."""
     counts: list[int] = []
     while (count := int(6 * words / (math.pi * (len(counts) + 1)) ** 2)) > 0:
         counts.append(count)
@@ -201,9 +202,9 @@ TASKS: dict[str, Callable[[SampleContext], SampleParts]] = {
         word_counts=frequent_counts,
     ),
 }
-"""The generators by name."""
+"""Each task: its name, and the function that draws the parts of a sample."""
 IN_HAYSTACK = ("passkey", "needle", "multikey", "multivalue", "multiquery", "variables")
-"""Tasks that hide their needles in a haystack of text; a lookup has entries around it."""
+"""Tasks that hide their needles in a haystack of text; the needle of a lookup is among other entries."""
 WITHOUT_DEPTH = ("common-words", "frequent-words")
 """Tasks whose answer depends on the whole text."""
 
@@ -231,4 +232,4 @@ GENERATORS: dict[str, Callable[[Random], str]] = {
     "words": lambda rng: rng.choice(_WORDS),
     "made-up words": _made_up_word,
 }
-"""What draws a key or value of each kind."""
+"""Each kind of key or value, and the function that draws one."""

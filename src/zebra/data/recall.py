@@ -1,11 +1,11 @@
-"""Training documents for associative recall, by seed: they state keys with values, and query them later.
+"""Training documents for associative recall, drawn by a seed: they state values for keys, and query them later.
 
     [prefix] instruction | .. needle ... needle .. needle .. | query answer. query answer. query answer.
-                         '------ text, noise or entries -----'  '------------- the labels ------------'
+                         '------ text, noise or entries -----'  '---- labels: the answers only -------'
 
-The wording is that of `zebra.data.needles`. Documents are packed side by side and do not attend to each other. At first
-they are short, and repeat a few symbols: there the heads form that find where a token was and copy what followed. Then
-the number of symbols grows, and then the length of the documents, with needles and queries in words.
+The wording is that of `zebra.data.needles`. Documents are packed into sequences and do not attend to each other. At
+first they are short and repeat a few symbols. There induction heads form, which find an earlier token and copy what
+followed it. Then the number of symbols grows, and then the length of the documents, with needles and queries in words.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from zebra.errors import ZebraError
 
 _TASKS = ("lookup", "needle", "passkey")
 KINDS = ("repeats", "pairs", "entries", *_TASKS)
-"""Kinds of documents: symbols over and over, pairs of symbols and entries that recur, and the tasks of these names."""
+"""Kinds of documents: a repeated run of symbols, recurring pairs of symbols, recurring entries, and three tasks."""
 _EASY_WEIGHTS: tuple[int, ...] = (3, 5, 1)
 _SHORT_WEIGHTS: tuple[int, ...] = (2, 3, 7)
 _LONG_WEIGHTS: tuple[int, ...] = (1, 1, 6, 3, 3, 1)
-"""How often each of `KINDS` comes: at first, in documents too short for a task, and later."""
+"""Relative frequencies of `KINDS`: with few symbols, in documents too short for a task, and otherwise."""
 _MAX_NEEDLES = {"passkey": 1, "needle": 60}  # of 150 words
-_WORD_KEY_TOKENS = 256  # a document of so many tokens may have more entries than there are words
+_WORD_KEY_TOKENS = 256  # from this size on, a document may have more entries than there are words
 _MIN_SYMBOLS = 10
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """The difficulty after a part p of the training, 0 to 1.
+    """The difficulty of documents after a fraction p of the training, 0 to 1.
 
-    symbols(p) = min(1, p / hold)^2
-    longest(p) = first (last / first) ^ clip((p - hold) / (until - hold))
+    symbols(p) = min(1, p / hold)^2                                          1 if hold is 0
+    longest(p) = first (last / first) ^ clip((p - hold) / (until - hold))    clipped to 0 .. 1
     """
 
     first: int
@@ -53,14 +53,14 @@ class Curriculum:
     until: float
 
     def at(self, part: float) -> tuple[int, float]:
-        """Tokens of the longest document, and the share of the symbols that are used, 0 to 1 on a logarithmic scale."""
+        """Tokens of the longest document, and the share of symbols that are used, 0 to 1 on a logarithmic scale."""
         growth = min(1.0, max(0.0, (part - self.hold) / (self.until - self.hold)))
         symbols = min(1.0, part / self.hold) ** 2 if self.hold else 1.0
         return round(self.first * (self.last / self.first) ** growth), symbols
 
 
 class _Question(NamedTuple):
-    """A needle, the query for its value, and the value with its full stop, as tokens; and how many the stop has."""
+    """Tokens of a needle, of the query for its value, and of the value with a full stop; and how many the stop has."""
 
     needle: tuple[int, ...]
     query: tuple[int, ...]
@@ -73,7 +73,7 @@ class _Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Where a document answers a query: the tokens [start, end), a value that occurs first `distance` tokens before."""
+    """Where a document answers a query: in tokens [start, end), with a value first stated `distance` tokens before."""
 
     start: int
     end: int
@@ -81,17 +81,17 @@ class Answer(NamedTuple):
 
 
 IdsAndLabels = tuple[list[int], list[int]]
-"""Tokens and labels of a document; a label is `IGNORE` where nothing before it determines the token."""
+"""Tokens and labels of a document; a label is `IGNORE` where the earlier tokens do not determine the token."""
 
 
 class RecallGenerator:
-    """Generates documents under one tokenizer.
+    """Draws documents with one tokenizer.
 
     Args:
-        haystack: documents to hide needles in, as tokens (n,), in turns with noise; noise alone where None.
+        haystack: documents to hide needles in, as tokens (n,), used half of the time; otherwise, and if None, noise.
 
     Raises:
-        ZebraError: the tokenizer cannot write numbers or words.
+        ZebraError: the tokenizer cannot write numbers.
     """
 
     def __init__(self, tokenizer: Tokenizer, haystack: Iterable[NDArray[np.integer[Any]]] | None = None):
@@ -101,7 +101,7 @@ class RecallGenerator:
         self._symbols = list(dict.fromkeys(token for number in numbers for token in number.ids))
 
     def sequence(self, length: int, rng: Random, *, longest: int, symbols: float = 1.0) -> dict[str, Tensor]:
-        """Documents of at most about `longest` tokens: `input_ids`, `position_ids`, `labels`, each (length,), int64."""
+        """Documents of up to about `longest` tokens: `input_ids`, `position_ids`, `labels`, each (length,), int64."""
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
@@ -116,7 +116,7 @@ class RecallGenerator:
 
     @functools.cached_property
     def min_tokens(self) -> int:
-        """Tokens of the shortest document: two entries, and one of them again."""
+        """Tokens of the shortest document: two entries, and one of them repeated."""
         entries = (
             next(_entries(size, SampleContext(self._tokenizer, Random(seed))))
             for size in (1, _WORD_KEY_TOKENS)
@@ -126,19 +126,19 @@ class RecallGenerator:
 
     @functools.cached_property
     def min_task_tokens(self) -> int:
-        """Tokens that hold one needle of any task and its query."""
+        """Tokens that are enough for one needle of any task and its query."""
         rng = Random(0)
         draws = [self._question(task, SampleContext(self._tokenizer, rng)) for task in _TASKS for _ in range(16)]
         return 8 + max(len(instruction) + len(question.needle) + question.tokens for instruction, question in draws)
 
     def document(self, size: int, rng: Random, symbols: float = 1.0) -> IdsAndLabels:
-        """One document of exactly `size` tokens, and its labels.
+        """Draw one document of exactly `size` tokens, and its labels.
 
-        The tasks need `min_task_tokens`; a shorter document has repeats, pairs or entries.
+        A document shorter than `min_task_tokens` has repeats, pairs or entries, but no task.
 
         Args:
-            symbols: the share of the symbols that are used, on a logarithmic scale: 10 (all / 10) ^ symbols. Below 0.4
-                keys are one symbol, directly before their value.
+            symbols: 0 to 1, how many symbols are used, on a logarithmic scale: 10 (all / 10) ^ symbols. Below 0.4 there
+                are no tasks, and in pairs the key is one symbol, directly before its value.
         """
         easy = symbols < 0.4
         if easy:
@@ -160,7 +160,7 @@ class RecallGenerator:
         return self._task(kind, size, context)[:2]
 
     def lookups(self, size: int, rng: Random) -> tuple[list[int], list[Answer]]:
-        """A document of the task lookup of exactly `size` tokens, and where it answers.
+        """Draw a document of the task lookup of exactly `size` tokens, and where it answers.
 
         Raises:
             ZebraError: fewer tokens than one question needs, or more entries than there are numbers.
@@ -181,7 +181,7 @@ class RecallGenerator:
         return ids, answers
 
     def _repeats(self, size: int, symbols: list[int], rng: Random) -> IdsAndLabels:
-        """Symbols over and over; the first round is not trained on."""
+        """A run of symbols over and over; labels begin after the first token of the second round."""
         prefix = self._tokenizer.prefix
         period = [rng.choice(symbols) for _ in range(rng.randint(2, (size - len(prefix)) // 2))]
         ids = [*prefix, *itertools.islice(itertools.cycle(period), size - len(prefix))]
@@ -189,7 +189,7 @@ class RecallGenerator:
         return ids, [IGNORE] * known + ids[known:]
 
     def _recurring(self, size: int, lines: Iterator[TokenIds], rng: Random) -> IdsAndLabels:
-        """Lines of equal size, then a fifth to all of them again in another order; what begins one has no label."""
+        """Lines of equal size, then 20 % to 100 % of them again in random order, labelled but for their first token."""
         prefix, first = self._tokenizer.prefix, next(lines)
         room, spare = divmod(size - len(prefix), len(first))
         stated = [first, *itertools.islice(lines, min(room - 2, round(room / (1 + rng.uniform(0.2, 1))) - 1))]
@@ -204,7 +204,7 @@ class RecallGenerator:
         return ids, labels
 
     def _task(self, task: str, size: int, context: SampleContext) -> tuple[list[int], list[int], list[_Question]]:
-        """Needles in a haystack; a third to two thirds are queries, if there are as many needles; those, in order."""
+        """Needles in a haystack, then queries in at most 30 % to 67 % of the tokens; also returns the questions."""
         rng = context.rng
         instruction, question = self._question(task, context)
         room, max_query_tokens, questions = size - len(instruction), rng.uniform(0.3, 0.67) * size, [question]
@@ -233,7 +233,7 @@ class RecallGenerator:
         return ids, labels, questions
 
     def _question(self, task: str, context: SampleContext) -> tuple[tuple[int, ...], _Question]:
-        """The instruction that a document of the task begins with, and a question."""
+        """The instruction at the beginning of a document of the task, and a question."""
         parts, encode = TASKS[task](context), self._tokenizer.encode
         (value,) = parts.answers
         stop = encode(f"{value.text}.")[len(value.ids) :]
@@ -249,7 +249,7 @@ def _entries(size: int, context: SampleContext) -> Iterator[TokenIds]:
 
 
 def _pairs(symbols: list[int], easy: bool, rng: Random) -> Iterator[TokenIds]:
-    """Keys and values of one to three symbols, in half of the documents with the same symbol between each two."""
+    """Keys and values of one to three symbols; half of the documents, unless easy, put one fixed symbol in between."""
     if easy:
         extra_key, between, value_size = 0, 0, rng.choice((1, 1, 1, 2))
     else:
@@ -263,8 +263,9 @@ def _pairs(symbols: list[int], easy: bool, rng: Random) -> Iterator[TokenIds]:
 class RecallDataset:
     """A dataset of training sequences in the order of training.
 
-    They are recall alone in the first phase of the curriculum, then recall with the probability `share` and text
-    otherwise. Sequence `i` follows from the seed and `i` alone, so a resumed training sees the same sequences.
+    In the first phase of the curriculum, up to `hold`, all sequences are recall. After it, each is recall with
+    probability `share`, and text otherwise. A sequence depends only on the fields and its index `i`, so a resumed
+    training sees the same sequences.
     """
 
     recall: RecallGenerator
@@ -286,7 +287,7 @@ class RecallDataset:
 
     @property
     def text_indices(self) -> NDArray[np.int64]:
-        """Which sequences of `text` are handed out, in their order; recall takes the places of the others."""
+        """Indices into `text` of the sequences that are used, in order of training, without the places of recall."""
         places = (i for i in range(self.count) if not self._is_recall(i, Random(f"{self.seed} {i}")))
         return np.array([self._text_index(i) for i in places], dtype=np.int64)
 

@@ -1,11 +1,11 @@
-"""Records of files, by their suffix:
+"""Read records from files, by suffix:
 
-    .jsonl  .ndjson    an object a line
-    .json              a list of objects, which is read as a whole, or an object a line
-    .csv  .tsv         a first row of names, then an object a row; its values are strings
-    .parquet           an object a row
+    .jsonl  .ndjson    one object per line
+    .json              a list of objects, which is read as a whole, or one object per line
+    .csv  .tsv         a header row, then one object per row; its values are strings
+    .parquet           one object per row
 
-All but parquet may be compressed: `.jsonl.gz`, `.csv.zst`. Records are streamed, and all errors name the line or the
+All but parquet may be compressed: `.jsonl.gz`, `.csv.zst`. Records are streamed, and errors in them name the line or
 row. zstandard and pyarrow, the extra `data`, are imported when a file needs them.
 """
 
@@ -33,15 +33,15 @@ _ERRORS_SHOWN = 5
 
 
 class RecordError(ZebraError):
-    """What is wrong with a record, as the end of a sentence that begins with its place."""
+    """What is wrong with a record: the end of a sentence that begins with the place of the record."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A line of JSON Lines, or a row by its columns; `number` is its place among them, from 1 on.
+    """A line of JSON Lines as bytes, or a row as a dict; `number` counts lines or rows from 1.
 
     Attributes:
-        bytes_read: bytes of the file that were read up to its end.
+        bytes_read: bytes of the file that were read up to the end of the record; an estimate for parquet.
     """
 
     file: Path
@@ -51,7 +51,7 @@ class Record:
 
     @property
     def place(self) -> str:
-        """The line or the row."""
+        """The place in the file, such as `line 3` or `row 3`."""
         return f"{'line' if isinstance(self.content, bytes) else 'row'} {self.number}"
 
     @property
@@ -76,15 +76,15 @@ class Record:
 
 
 def with_line_feeds(text: str) -> str:
-    """Text with \\n at its line ends, whatever they are: \\r\\n is two tokens that no model expects."""
+    """Text with \\n at all line ends, in place of \\r\\n and \\r."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def string_field(fields: dict[str, Any], name: str) -> str:
-    """The string in a field of a record or of an object in it, its lines ended by \\n.
+    """The string in a field of a record or of an object in it, with \\n at all line ends.
 
     Raises:
-        RecordError: no such field, no string, half a surrogate pair.
+        RecordError: the field is missing, not a string, or has half a surrogate pair.
     """
     if name not in fields:
         raise RecordError(f"has no field {name!r}: its fields are {', '.join(fields) or 'none'}")
@@ -93,7 +93,7 @@ def string_field(fields: dict[str, Any], name: str) -> str:
         raise RecordError(f"has {type(value).__name__} instead of a string in the field {name!r}")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character
+    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
         raise RecordError(f"has half a surrogate pair at character {error.start} of the field {name!r}") from None
     return with_line_feeds(value)
 
@@ -104,10 +104,10 @@ def record_suffix(file: Path) -> str | None:
 
 
 def read_records(file: Path, column: str | None = None) -> Iterator[Record]:
-    """The records of a file, streamed.
+    """Stream the records of a file.
 
     Args:
-        column: the only column of a parquet file to read, where there is one of this name.
+        column: the only column of a parquet file to read, if it exists.
 
     Raises:
         ZebraError: no such file, another suffix, a damaged file, an extra that is not installed.
@@ -127,14 +127,14 @@ def read_records(file: Path, column: str | None = None) -> Iterator[Record]:
 
 
 def parse_records(file: Path, parse: Callable[[Record], Iterable[T]], expected: str) -> list[T]:
-    """What `parse` makes of all records of a file, in order; all bad ones are reported in one error.
+    """Parse all records of a file, in order, and report all bad ones in one error.
 
     Args:
         parse: raises `RecordError` for a record that it cannot use.
         expected: a sentence that says what a record should be.
 
     Raises:
-        ZebraError: as `read_records`, and bad records: how many, and the place and the fault of the first ones.
+        ZebraError: as `read_records`; bad records: the error has their number, and place and fault of the first ones.
     """
     results: list[T] = []
     errors: list[str] = []
@@ -172,7 +172,7 @@ def _json_lines(_: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _json(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """A list of records, or JSON Lines, which many files of this suffix hold."""
+    """A list of records, or JSON Lines, which many files with this suffix contain."""
     start: list[bytes] = []
     for line in (lines := iter(lines)):
         start.append(line)
@@ -193,7 +193,7 @@ def _json(file: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def _table(file: Path, lines: Iterable[bytes], delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows after the first, by its names; a value in quotes may have line breaks."""
+    """The rows after the header, as dicts; a value in quotes may have line breaks."""
     csv.field_size_limit(sys.maxsize)  # a value may be a whole book
     rows = csv.reader((line.decode() for line in lines), delimiter=delimiter, strict=True)
     try:
@@ -220,7 +220,7 @@ def _gzip_lines(file: Path, raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _zstd_lines(file: Path, raw: BinaryIO) -> Iterator[bytes]:
-    pieces: list[bytes] = []  # of the line that the chunks so far have not ended
+    pieces: list[bytes] = []  # of a line that continues in the next chunk
     for chunk in _zstd_chunks(file, raw):
         first, *others = chunk.split(b"\n")
         pieces.append(first)
@@ -265,7 +265,7 @@ _FORMATS: dict[str, Callable[[Path, Iterable[bytes]], Iterator[tuple[int, Any]]]
     ".csv": functools.partial(_table, delimiter=","),
     ".tsv": functools.partial(_table, delimiter="\t"),
 }
-"""A file's lines, with their ends, to the number and content of each record."""
+"""Each suffix, and the function from a file's lines, with their ends, to the number and content of each record."""
 _CODECS: dict[str, Callable[[Path, BinaryIO], Iterable[bytes]]] = {
     "": lambda file, raw: raw,
     ".gz": _gzip_lines,
@@ -273,4 +273,4 @@ _CODECS: dict[str, Callable[[Path, BinaryIO], Iterable[bytes]]] = {
 }
 _SUFFIXES = (*(format + codec for format in _FORMATS for codec in _CODECS), ".parquet")
 RECORD_FILES = f"{', '.join(_FORMATS)} (these also with .gz or .zst) or .parquet"
-"""The suffixes, for errors."""
+"""The suffixes, as text for errors."""
