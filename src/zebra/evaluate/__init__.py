@@ -1,1 +1,1 @@
-"""Measuring: what a model makes of a text, position by position."""
+"""Evaluation: perplexity, retrieval, questions and tasks, and the selection of global layers by measurement."""

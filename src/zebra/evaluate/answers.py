@@ -2,7 +2,7 @@
 
     loss = - sum over the answers' tokens of log p(token | all before it) / number of these tokens
 
-Conversations lie side by side in one sequence and never see each other.
+Conversations are packed into one sequence and do not attend to each other.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from zebra.progress import bar
 def answer_losses(
     model: PreTrainedModel, conversations: Sequence[TokenizedConversation], *, batch_tokens: int = 8192
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The sum of the losses of each conversation's answers, and how many tokens they have.
+    """The sum of the losses over the answers of each conversation, and their number of tokens, both (conversations,).
 
     Args:
-        batch_tokens: how many tokens are run at once; a conversation is never split.
+        batch_tokens: tokens that are run at once; a conversation is never split.
     """
     sums, counts = np.zeros(len(conversations)), np.zeros(len(conversations), np.int64)
     lengths, head = [len(one.input_ids) for one in conversations], head_of(model)

@@ -1,4 +1,4 @@
-"""Sequences that run together, as many as fit."""
+"""Group sequences into batches, as many as fit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 def batches(items: Iterable[T], fits: Callable[[list[T], T], bool]) -> Iterator[list[T]]:
-    """Lists of neighbours, in order: an item joins the batch before it where it fits, and begins another one otherwise.
+    """Group consecutive items: an item joins the current batch if it fits, and otherwise begins the next one.
 
     Args:
-        fits: whether an item may join a batch, which has at least one.
+        fits: whether an item may join a batch, which has at least one item.
     """
     batch: list[T] = []
     for item in items:

@@ -1,11 +1,11 @@
-"""The data that layers are chosen by: sequences, and those of their tokens that need more than a window.
+"""Calibration data for selecting layers: sequences, and those of their tokens that need more than a window.
 
-    a text    the source reads each sequence whole, and again in pieces that show each token only the window before it,
-              w/2 to w tokens; scored is the quarter of the tokens beyond the window whose loss this raises most
-    a task    a question whose evidence is at least a window back (`zebra.data.needles`); scored is its answer
+    a text    the source model reads each sequence whole, and again in pieces, where a token sees only the w/2 to w
+              tokens before it; of the tokens beyond the window, the quarter whose loss rises most is scored
+    a task    a question whose evidence is about a window back or more (`zebra.data.needles`); its answer is scored
 
-The first contrasts long and short contexts, as LongPPL (arXiv 2410.23771) does to pick its key tokens, with a share in
-place of its thresholds. One sequence in four is held out: it takes no part in the choice, and tests it.
+The first contrasts long and short contexts, as LongPPL (arXiv 2410.23771) does to find its key tokens, with a share in
+place of its thresholds. One sequence in four is held out: it takes no part in the selection, and tests it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from zebra.model.finite import check_finite
 from zebra.model.loss import head_of, token_losses
 
 SHARE = 0.25
-"""Of a sequence's tokens beyond the window, those that are scored."""
+"""The share of the tokens beyond the window that is scored."""
 MIN_SAMPLES = 4
-"""Sequences, so that one can be held out."""
+"""The fewest sequences of which one can be held out."""
 _BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """Sequences that run together: `ids` (B, T), and `scored` (B, T), the tokens whose loss is measured."""
+    """Sequences that run together: `ids` (B, T), and `scored` (B, T), where the loss of a token is measured."""
 
     ids: NDArray[np.int64]
     scored: NDArray[np.bool_]
@@ -54,13 +54,13 @@ ScoredSequence = tuple[NDArray[np.int64], NDArray[np.bool_]]
 
 
 def text_sequences(corpus: Corpus, length: int, samples: int, prefix: tuple[int, ...] = ()) -> list[ScoredSequence]:
-    """Sequences of `length` tokens from documents that have as many, evenly over the text; no token is scored yet.
+    """Sequences of `length` tokens, each from one document, spread evenly over the text; no token is scored yet.
 
     Args:
-        prefix: tokens that begin each, see `zebra.data.encoding.window_prefix`.
+        prefix: tokens that begin each sequence, see `zebra.data.encoding.window_prefix`.
 
     Raises:
-        ZebraError: fewer such sequences than samples.
+        ZebraError: the text has fewer such sequences than `samples`.
     """
     starts = [
         (tokens, window) for tokens in corpus for window in windows_of(tokens, length, prefix) if len(window) == length
@@ -79,9 +79,9 @@ def text_sequences(corpus: Corpus, length: int, samples: int, prefix: tuple[int,
 def task_sequences(
     needles: SampleGenerator, tasks: Sequence[str], *, length: int, window: int, samples: int, seed: int
 ) -> list[ScoredSequence]:
-    """Prompts of `length` tokens with their first answer after them, the tasks in turn.
+    """Prompts of `length` tokens, each followed by its first answer, from the tasks in turn.
 
-    Depths are spread evenly over those at which the evidence is a window or more before the answer.
+    Depths are spread evenly over those at which the evidence is about a window or more before the answer.
     """
     deepest = max(0.0, 1 - window / length)
     rounds = -(-samples // len(tasks))
@@ -96,7 +96,7 @@ def task_sequences(
 
 
 def batches_of(sequences: Sequence[ScoredSequence], seed: int) -> list[CalibrationBatch]:
-    """Sequences in batches of one length. One in four, drawn by the seed, is held out; those batches come last."""
+    """Group sequences of equal length into batches. One in four, drawn by the seed, is held out; these come last."""
     held_out = set(Random(seed).sample(range(len(sequences)), len(sequences) // 4))
 
     def group(i: int) -> tuple[bool, int]:
@@ -114,13 +114,13 @@ def batches_of(sequences: Sequence[ScoredSequence], seed: int) -> list[Calibrati
 
 @torch.no_grad()
 def long_range(model: PreTrainedModel, ids: Tensor, window: int, prefix: Sequence[int] = ()) -> Tensor:
-    """The long-range tokens of sequences: the `SHARE` of their tokens from `window` on that gain most.
+    """The long-range tokens of sequences: of the tokens from `window` on, the `SHARE` with the largest gain.
 
     gain_t = loss of token t with w/2 to w tokens before it  -  its loss with the whole sequence before it
 
     Args:
         ids: (B, T).
-        prefix: tokens that begin each sequence, and each piece: without its BOS token a model may lose everywhere.
+        prefix: tokens that begin each sequence, and each piece: without its BOS token a model may fail everywhere.
 
     Returns:
         (B, T) bool.

@@ -1,10 +1,10 @@
 """Questions about long documents, from a file: what a model answers, or how likely the reference answers are.
 
     generate     ROUGE-1, -2, -L (Lin, 2004) and SQuAD's token F1 of the greedy answer, against its best reference
-    likelihood   nats per token of the references after the prompt; and after the question alone, without the document
+    likelihood   log-likelihood per token of the references, in nats, after the prompt and without the document
 
 The data are checked first (`zebra.data.qa`), since a model cannot find what is not there. A document that does not fit
-loses its middle.
+is cut in the middle.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from zebra.results import Result
 
 @dataclass
 class Outcome:
-    """An example at one length: its prompt, its faults and what the model makes of it.
+    """An example at one length: its prompt, its faults and its scores.
 
     Attributes:
-        length: room for prompt and answer, in tokens; None where there is no limit.
+        length: room for prompt and answer, in tokens; None if there is no limit.
         faults: names in `zebra.data.qa.FAULTS`.
-        scores: by metric; empty where nothing was measured.
-        prediction: the generated answer.
+        scores: values by metric; empty if nothing was measured.
+        prediction: the generated answer, if one was generated.
     """
 
     example: QAExample
@@ -51,7 +51,7 @@ class Outcome:
     prediction: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """The outcome as JSON, without the document; `cut` are the document's tokens that were left out, half-open."""
+        """The outcome for JSON, without the document; `cut` is the half-open range of its tokens that were left out."""
         return {
             "name": self.example.name,
             "group": self.example.group,
@@ -86,19 +86,19 @@ def evaluate_documents(
     """Check the data, load the checkpoint and measure; outcomes come length by length, in the order of the file.
 
     Args:
-        lengths: room for prompt and answer, in tokens; all that the model reads where there are none.
+        lengths: room for prompt and answer, in tokens; if empty, all that the model can read.
         limit: use only the first examples of the file.
         score: generate or likelihood.
-        answer_tokens: tokens of an answer to generate, or to score of each reference, at most.
+        answer_tokens: the most tokens to generate, or to score of each reference.
         template, chat: see `Prompts`.
         stop: strings that end a generated answer.
-        beyond: measure at lengths beyond the model, with a warning; without lengths, cut nothing.
+        beyond: measure at lengths beyond the model's reach, with a warning; without lengths, cut nothing.
         check_only: check the data only; load no model.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        ZebraError: as `EvalTarget`, `read_examples` and `Prompts`; a length beyond the model without `beyond`, a file
-            in which no example can be scored.
+        ZebraError: as `EvalTarget`, `read_examples` and `Prompts`; an unknown score, too small an option, a length
+            beyond the model's reach without `beyond`, or no example that can be scored.
     """
     check_score(score)
     if answer_tokens < 1:
@@ -172,7 +172,7 @@ def _measure(
     stop: Sequence[str],
     length: int,
 ) -> None:
-    """Set the scores: by generation where there is an `overlap`, else by likelihood."""
+    """Set the scores of outcomes: by generation if there is an `overlap`, otherwise by likelihood."""
     whole = [one.prompt.ids for one in outcomes]
     with bar("documents", sum(map(len, whole)), "tokens") as advance:
         advance(note=f"at {length:,} tokens")
@@ -195,7 +195,7 @@ def _measure(
 def per_token(
     model: PreTrainedModel, prompts: Sequence[Ids], references: Sequence[Sequence[Ids]], **options: Any
 ) -> list[float]:
-    """The log-likelihood per token of the references after each prompt, in nats: the mean over its references.
+    """For each prompt, the mean over its references of their log-likelihood per token, in nats.
 
     Args:
         options: as for `log_likelihoods`.
@@ -220,7 +220,7 @@ def _shares_of_faults(outcomes: Sequence[Outcome], columns: dict[str, Any]) -> l
 
 
 def _means(outcomes: Sequence[Outcome], columns: dict[str, Any]) -> list[Result]:
-    """The mean of each metric; the interval is over documents, each with all of its examples."""
+    """The mean of each metric, with an interval from resampling documents, each with all of its examples."""
     _, group = np.unique([one.example.group for one in outcomes], return_inverse=True)
     counts = np.bincount(group)
     results = []

@@ -1,8 +1,8 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a loaded model: its own by name, yours from YAML, and our retrieval.
+"""Tasks of EleutherAI's lm-evaluation-harness: its own by name, yours from YAML files, and our retrieval tasks.
 
     name ─► TaskManager ─► tasks ─► requests ─► HFLM(pretrained=model) ─► evaluate ─► results
 
-The model is that of `zebra.load`, with its stripes, Self-Extend and bounded cache. Nothing is downloaded; missing data
+The model is that of `zebra.load`, with its stripes, Self-Extend and bounded cache. Nothing is downloaded: missing data
 are an error. Only this module and `zebra.evaluate.harness_model` import lm-eval, which the extra `tasks` installs.
 """
 
@@ -33,9 +33,9 @@ from zebra.provenance import versions
 from zebra.results import Result
 
 _BERNOULLI_METRICS = ("acc", "acc_norm", "accuracy", "exact_match", "em")
-"""Metrics that are 0 or 1 for each item: Wilson's interval holds for their mean."""
+"""Metrics that are 0 or 1 for each item, so that Wilson's interval applies to their mean."""
 _MAX_NEW_TOKENS = 256
-"""Tokens that the harness generates for a task that does not set how many."""
+"""Tokens that the harness generates if a task does not say how many."""
 
 Tasks = dict[str, dict[str, Any]]
 """Tasks and groups by name, as `TaskManager.load` returns them."""
@@ -60,25 +60,25 @@ def evaluate_tasks(
 ) -> list[Result]:
     """Load tasks, then a checkpoint, and measure.
 
-    The length of a result is the requested one where the task takes lengths, and else the tokens of its longest
-    request, with its answer.
+    The length of a result is the requested one if the task takes lengths. Otherwise it is the number of tokens of the
+    longest request with its answer.
 
     Args:
-        tasks: names of the harness's tasks, groups and tags, paths of YAML files, names of `retrieval_tasks`.
+        tasks: names of the harness's tasks, groups and tags, paths of YAML files, or names of `retrieval_tasks`.
         lengths: for tasks that make texts of a length: ours, and those of the harness that read `max_seq_lengths`.
-        shots: examples before each question; the task's own number where None.
+        shots: few-shot examples before each question; None, and a task that sets 0, keep the task's own number.
         limit: use only the first items of each task.
         batch_size: requests that run at once.
         chat: put requests into the tokenizer's chat template.
         include: a folder with YAML tasks.
         cut: let the harness cut the beginnings of requests that are too long for the model.
-        beyond: run them whole, with a warning.
-        check_only: load no model; the results are the tokens that it would read.
+        beyond: run such requests whole, with a warning.
+        check_only: load no model; the results are the numbers of tokens that it would read.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
         ZebraError: as `EvalTarget`; lm-eval is not installed; an unknown task, missing data or packages of a task;
-            requests beyond the model without `cut` or `beyond`.
+            requests beyond the model's reach without `cut` or `beyond`.
     """
     _check(cut, beyond, batch_size, limit, shots)
     target = EvalTarget(checkpoint, **loading)
@@ -119,7 +119,7 @@ def evaluate_tasks(
 
 
 def _check(cut: bool, beyond: bool, batch_size: int, limit: int | None, shots: int | None) -> None:
-    """Check what needs no checkpoint: the options, and that lm-eval is there."""
+    """Check what needs no checkpoint: the options, and that lm-eval is installed."""
     if cut and beyond:
         raise ZebraError("what is too long is cut (--cut) or run whole (--beyond); got both. Choose one.")
     if min(batch_size, 1 if limit is None else limit, 1 if shots is None else shots + 1) < 1:
@@ -134,7 +134,7 @@ def _check(cut: bool, beyond: bool, batch_size: int, limit: int | None, shots: i
 
 
 def _measured(lm: Any, tasks: Tasks, limit: int | None, chat: bool) -> dict[str, Any]:
-    """The harness's results of tasks."""
+    """Run tasks; returns the results as the harness returns them."""
     import lm_eval
 
     return lm_eval.evaluate(
@@ -159,7 +159,7 @@ def _load(
     limit: int | None,
     seed: int,
 ) -> dict[int | None, Tasks]:
-    """The tasks that take a length, by length, and under None those that do not."""
+    """Load tasks, by length; those that take no length are under None."""
     if include is not None and not os.path.isdir(include):
         raise ZebraError(f"there is no folder at {include}. Give one that has tasks as YAML files.")
     names, lengths = list(dict.fromkeys(names)), sorted(set(lengths))
@@ -171,7 +171,7 @@ def _load(
     }
 
     def load(name: str, source: Any, length: int | None) -> bool:
-        """Load a task at a length; whether it takes one."""
+        """Load a task at a length; returns whether it takes one."""
         with task_errors(name):
             tasks = manager.load([source])
         takes = any(task.config.custom_dataset for task in tasks["tasks"].values())
@@ -195,7 +195,7 @@ def _load(
 
 
 def _manager(names: Sequence[str], include: str | os.PathLike[str] | None, metadata: dict[str, Any]) -> Any:
-    """The harness's index of tasks; its own are 14,000 files, which are read only where a name is not elsewhere.
+    """The harness's index of tasks. Its own 14,000 files are read only if a name is not found without them.
 
     Raises:
         ZebraError: an unknown name.
@@ -219,10 +219,10 @@ def _manager(names: Sequence[str], include: str | os.PathLike[str] | None, metad
 def _prepare(
     task: Any, tokenizer: PreTrainedTokenizerBase, shots: int | None, limit: int | None, chat: bool, seed: int
 ) -> list[int]:
-    """Set the number of examples as the harness's own command does, and build the requests.
+    """Set the number of few-shot examples as the harness's own command does, and build the requests.
 
     Returns:
-        The tokens of each request with its answer; without rolling requests, which come in windows that fit.
+        The tokens of each request with its answer; rolling requests are left out, as the harness splits them to fit.
     """
     default = task.get_config("num_fewshot")
     if shots is not None and default != 0:  # a task that sets 0 keeps it
@@ -249,7 +249,7 @@ def _prepare(
 def _max_length(
     target: EvalTarget, sizes: Mapping[int | None, Mapping[str, list[int]]], cut: bool, beyond: bool
 ) -> int | None:
-    """The tokens that the harness may give to the model at once.
+    """The most tokens that the harness may give to the model in one sequence.
 
     Raises:
         ZebraError: requests beyond the model's reach, without `cut` or `beyond`.
@@ -288,7 +288,7 @@ def _results(
             continue
         n, error = values.get("sample_len"), values.get(f"{metric}_stderr,{variant}")
         context = length or max(sizes or [0]) or None
-        if metric.isdecimal():  # RULER's name of a length, and -1 where there was nothing of it
+        if metric.isdecimal():  # RULER names a metric by its length; its value is -1 if it has no items
             if value < 0:
                 continue
             n = n if int(metric) == length else None

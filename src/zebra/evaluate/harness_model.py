@@ -1,4 +1,4 @@
-"""A loaded model as lm-evaluation-harness takes it."""
+"""A loaded model in the form that lm-evaluation-harness takes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from zebra.progress import console
 def language_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int | None, batch_size: int
 ) -> Any:
-    """The harness's class for transformers' models, without its bars where there is no terminal.
+    """Wrap a model in the harness's class for transformers, without progress bars if stderr is not a terminal.
 
-    The stock class counts tokens that the tokenizer appends to every text as prompt, and drops as many of the answer.
+    The stock class takes tokens that a tokenizer appends to every text (EOS) as part of the prompt, and drops as many
+    tokens of the answer.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -60,7 +61,7 @@ def language_model(
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, history: Sequence[dict[str, str]], add_generation_prompt: bool = True
 ) -> Any:
-    """A history as text; where the last message is to be continued, without its end."""
+    """Render a chat history as text; without a generation prompt, the last message is left open to be continued."""
     return apply_chat_template(
         tokenizer,
         history,

@@ -1,6 +1,6 @@
-"""Our retrieval as tasks of the harness, in configurations that its `ConfigurableTask` takes.
+"""Our retrieval tasks for lm-evaluation-harness, as configurations of its `ConfigurableTask`.
 
-The harness works on text, so a prompt has the requested number of tokens except for a few that merge across joints;
+The harness works on text, so a prompt may miss the requested number of tokens by a few, which merge across joints.
 `zebra.evaluate.retrieval` is exact. Use these tasks to compare with other tasks of the harness.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PREFIX = "zebra-"
 LIKELIHOOD = "-likelihood"
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""The depths of the evidence, sample by sample."""
+"""The depths of the evidence, used in turn."""
 _SAMPLES = 100
 
 
@@ -30,7 +30,7 @@ def retrieval_tasks() -> list[str]:
 
 
 def check_retrieval_task(name: str, lengths: Sequence[int]) -> None:
-    """Reject a name that is not in `retrieval_tasks`, or one without a length."""
+    """Reject a name that is not in `retrieval_tasks`, and any task without a length."""
     if name not in retrieval_tasks():
         raise ZebraError(f"our tasks are {', '.join(retrieval_tasks())}; got {name!r}. Choose among them.")
     if not lengths:
@@ -40,7 +40,7 @@ def check_retrieval_task(name: str, lengths: Sequence[int]) -> None:
 def configuration(
     name: str, tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None, seed: int
 ) -> dict[str, Any]:
-    """One of our tasks at a length, as the harness's configuration."""
+    """The harness's configuration of one of our tasks at a length."""
     task = name.removeprefix(PREFIX).removesuffix(LIKELIHOOD)
     needles, pieces = SampleGenerator(tokenizer), PromptTokenizer(tokenizer)
     depths = [None] if task in WITHOUT_DEPTH else DEPTHS

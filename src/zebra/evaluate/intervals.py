@@ -1,4 +1,4 @@
-"""Values that are measured on a sample, with their 95 % intervals."""
+"""95 % confidence intervals of values that are measured on a sample."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _RESAMPLES = 1000
 _Z = 1.959964
 """The 97.5 % quantile of the normal distribution."""
 _STUDENTS_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""That of Student's t for 1 to 10 degrees of freedom."""
+"""The same quantile of Student's t distribution for 1 to 10 degrees of freedom."""
 
 
 class Estimate(NamedTuple):
-    """A value and its 95 % interval, named as the columns of a result; None where there is no interval."""
+    """A value and its 95 % interval, named as the columns of a result; both bounds are None without an interval."""
 
     value: float
     low: float | None
@@ -24,11 +24,11 @@ class Estimate(NamedTuple):
 
 
 def wilson(mean: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a mean of n values between 0 and 1.
+    """Wilson's 95 % interval (1927) of a mean m of n values between 0 and 1.
 
         (m + z²/2n ± z √(m (1 - m) / n + z²/4n²)) / (1 + z²/n),   z = 1.96
 
-    Exact in its variance for values of 0 and 1; values between vary less, so that it is too wide for them.
+    The variance m (1 - m) is exact for values of 0 and 1. Values in between vary less, so the interval is too wide.
     """
     middle = mean + _Z * _Z / (2 * n)
     half = _Z * math.sqrt(mean * (1 - mean) / n + _Z * _Z / (4 * n * n))
@@ -37,7 +37,7 @@ def wilson(mean: float, n: int) -> tuple[float, float]:
 
 
 def students_t(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; beyond 10 degrees of freedom by its expansion at z = 1.96.
+    """The 97.5 % quantile of Student's t; for more than 10 degrees of freedom ν by its expansion at z = 1.96.
 
     t = z + (z³ + z) / 4ν + (5 z⁵ + 16 z³ + 3 z) / 96 ν²                       (Abramowitz and Stegun, 26.7.5)
     """
@@ -51,18 +51,18 @@ def bootstrap(
 ) -> Estimate:
     """A mean, sum of `sums` (n,) / sum of `counts` (n,), with its bootstrap interval over n independent documents.
 
-    One document has no interval. The percentiles of few are too near: 51 of 100 hold the truth with two documents, 81
-    with four. So their distances from the mean take the factor t / z √(n / (n - 1)) of Student's t, which is 9.2 for
-    two, 1.2 for ten.
+    One document has no interval. With few, the percentile interval is too narrow: it covers the true mean in 51 % of
+    cases with two documents, and in 81 % with four. So its distances from the mean are multiplied by
+    t / z √(n / (n - 1)), with Student's t for n - 1 degrees of freedom: 9.2 for two documents, 1.2 for ten.
 
     Args:
-        bounds: what the values cannot exceed.
+        bounds: limits of the values, to which the interval is clipped.
     """
     value, n = float(sums.sum() / counts.sum()), len(sums)
     if n < 2:
         return Estimate(value, None, None)
     rng = np.random.default_rng(seed)
-    # One by one, and not as counts of a multinomial: 100,000 documents took minutes, and all draws at once gigabytes.
+    # One resample at a time: multinomial counts take minutes for 100,000 documents, all draws at once gigabytes.
     drawn = (rng.integers(n, size=n) for _ in range(_RESAMPLES))
     ends = np.quantile([sums[which].sum() / counts[which].sum() for which in drawn], [0.025, 0.975])
     factor = students_t(n - 1) / _Z * math.sqrt(n / (n - 1))

@@ -1,4 +1,4 @@
-"""Running tasks that others wrote: quiet, without the network, and with errors in one line."""
+"""Run third-party tasks quietly, without the network, and with one-line errors."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from zebra.errors import ZebraError, first_line
 from zebra.progress import only_errors
 
 _LOGGERS = ("lm_eval", "transformers.generation.stopping_criteria")
-"""They warn of a model that was loaded before, and of lengths, which are checked before any work."""
+"""They warn that the model was loaded before, and of lengths, which are checked before any work."""
 _PROXIES = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")} | {"no_proxy": ""}
 _ENVIRONMENT = {
     **_PROXIES,
     **{name.upper(): value for name, value in _PROXIES.items()},
-    "DISABLE_MULTIPROC": "1",  # the harness's bootstrap would fork a process with threads
+    "DISABLE_MULTIPROC": "1",  # else the harness's bootstrap forks a process that has threads
 }
 
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Within this context libraries log only errors, print to stderr, and do not reach the network through a proxy.
+    """Within this context, the harness logs only errors, prints go to stderr, and proxies point to a closed port.
 
-    Some tasks fetch their data themselves, whatever HF_HUB_OFFLINE says; clients that know proxies get no answer.
+    Some tasks fetch their data themselves, whatever HF_HUB_OFFLINE says; clients that use proxies cannot connect.
     """
     before = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     os.environ.update(_ENVIRONMENT)
@@ -42,7 +42,7 @@ def isolated() -> Iterator[None]:
 
 @contextmanager
 def task_errors(name: str) -> Iterator[None]:
-    """Within this context every exception, of a task of this name, becomes a `ZebraError`.
+    """Turn every exception of the body into a `ZebraError` that names this task.
 
     Raises:
         ZebraError: missing packages, files or data, and whatever else was raised.

@@ -1,11 +1,11 @@
-"""The loss of layouts on calibration sequences, kept in a folder as it is measured.
+"""Losses of layouts on calibration sequences, stored in a folder as they are measured.
 
     inputs.json           what the losses depend on; the same inputs continue, others are rejected
     scored_tokens.json    which tokens are scored: for each batch, their indices in its flattened (B, T)
-    losses.jsonl          a line for each layout and batch: {"layout": "GLGG", "batch": 3, "sums": [41.2, 39.9]}
+    losses.jsonl          one line per layout and batch: {"layout": "GLGG", "batch": 3, "sums": [41.2, 39.9]}
 
-A layout is a string with a letter for each layer, G or L. A process killed at any moment loses the loss in progress.
-Neither budget nor order is among the inputs: another budget in the same folder reuses the losses.
+A layout is a string with one letter per layer, G or L. A process that is killed loses only the loss in progress. Budget
+and order are not among the inputs, so another budget in the same folder reuses the losses.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Advance = Callable[[float], None]
 
 
 class Losses:
-    """The losses of layouts on the sequences that choose, and on those held out; none is measured twice.
+    """Losses of layouts on the sequences that select, and on those held out; none is measured twice.
 
     Args:
         model: with attention "zebra", in evaluation mode.
-        window, sinks: of the layers that are local.
-        folder: to read and write `losses.jsonl` in; None keeps the losses in memory.
+        window, sinks: of the local layers.
+        folder: where `losses.jsonl` is read and written; None keeps the losses in memory.
 
     Attributes:
-        candidates: the layouts that were measured on the sequences that choose, in order.
+        candidates: the layouts that were measured on the sequences that select, in order.
 
     Raises:
-        ZebraError: a line of the file that is no loss.
+        ZebraError: a line of the file is not a loss.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Losses:
     def measure(
         self, base: str, layouts: Sequence[str], *, held_out: bool = False, advance: Advance = no_progress
     ) -> bool:
-        """Measure layouts, each from the first layer in which it differs from `base`; whether any was new."""
+        """Measure layouts, each run from the first layer that differs from `base`; returns whether any was new."""
         new = False
         if not held_out:
             self.candidates += [kinds for kinds in layouts if kinds not in self.candidates]
@@ -88,13 +88,13 @@ class Losses:
         return new
 
     def sums(self, kinds: str, *, held_out: bool = False) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of a measured layout: each sequence's sum of losses (n,), and its number of scored tokens (n,)."""
+        """For a measured layout, the sum of losses of each sequence, and its number of scored tokens, both (n,)."""
         which = self._indices(held_out)
         counts = [count for i in which for count in _counts(self._batches[i])]
         return np.array([value for i in which for value in self._sums[kinds, i]]), np.array(counts, dtype=np.float64)
 
     def mean(self, kinds: str) -> float:
-        """The mean loss of a layout, in nats a token, on the sequences that choose."""
+        """The mean loss of a layout, in nats per token, on the sequences that select."""
         sums, counts = self.sums(kinds)
         return float(sums.sum() / counts.sum())
 
@@ -105,7 +105,7 @@ class Losses:
         self._sums[str(entry["layout"]), int(entry["batch"])] = [float(value) for value in entry["sums"]]
 
     def _add(self, kinds: str, batch: int, sums: list[float]) -> None:
-        """Store the sum of each sequence of a batch, in memory and in the file."""
+        """Store the sums of the sequences of a batch, in memory and in the file."""
         self._sums[kinds, batch] = sums
         if self._file is not None:
             append_to_log(self._file, {"layout": kinds, "batch": batch, "sums": sums})
@@ -117,10 +117,10 @@ def _counts(batch: CalibrationBatch) -> list[int]:
 
 @contextmanager
 def selection_folder(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
-    """Lock a folder of these inputs for this process; it is created where it is absent.
+    """Lock the folder of these inputs for this process, and create it if it is absent.
 
     Raises:
-        ZebraError: a folder of something else or of other inputs, or one that another process works in.
+        ZebraError: the folder holds something else, has other inputs, or another process works in it.
     """
     file = folder / "inputs.json"
     if not file.exists() and not is_vacant(folder):

@@ -1,4 +1,4 @@
-"""How much a text has of a reference: ROUGE and token F1, by rouge-score, of the extra `tasks`."""
+"""Overlap of a text with reference answers: ROUGE and token F1, by rouge-score, which the extra `tasks` installs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
 class Overlap:
     """ROUGE and token F1 of a text against its best reference, each between 0 and 1.
 
-        F1 = 2 P R / (P + R),   P, R: the share of the text's, of the reference's words that the other has too
+        F1 = 2 P R / (P + R),   P, R: the shares of the text's and of the reference's words that the other has too
 
-    ROUGE counts words as its authors' script does, without stemming, and letters beyond ASCII too, which the script
-    drops. SQuAD's F1 is that of single words after its own normalisation, so that it is ROUGE-1 over those words. In
-    both, a character of a script without spaces is a word.
+    ROUGE splits words as its authors' script does, without stemming, but keeps letters beyond ASCII, which the script
+    drops. SQuAD's F1 compares single words after SQuAD's normalisation, so it is ROUGE-1 over those words. In both,
+    each character of a script without spaces is a word.
 
     Raises:
         ZebraError: rouge-score is not installed.
@@ -48,7 +48,7 @@ class Overlap:
         self._squad = rouge_scorer.RougeScorer(["rouge1"], tokenizer=Squad())
 
     def __call__(self, text: str, references: Sequence[str]) -> dict[str, float]:
-        """By metric: rouge1, rouge2, rougeL, f1."""
+        """The scores by metric: rouge1, rouge2, rougeL, f1."""
         best = self._rouge.score_multi(list(references), text)
         single = self._squad.score_multi(list(references), text)
         return {name: float(best[name].fmeasure) for name in ROUGE} | {"f1": float(single["rouge1"].fmeasure)}

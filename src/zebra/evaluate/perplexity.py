@@ -1,10 +1,10 @@
-"""Perplexity by position: how well a model predicts a token, by how much context it has.
+"""Perplexity by position: how well a model predicts a token, depending on how much context it has.
 
 Each result names the convention by which the text was cut into windows (`zebra.evaluate.windows`).
 
-A model may need its BOS token in front of every text, as Gemma does. By default each window begins
-with the tokens that its tokenizer puts before every text, which count among the `length` tokens, and the results' task
-then ends in `-bos`. Without them, all windows but a document's first begin in the middle of a text.
+A model may need its BOS token in front of every text, as Gemma does. By default each window begins with the tokens that
+the tokenizer puts before every text. They count among the `length` tokens, and the task of the results then ends in
+`-bos`. Without them, all windows but the first of a document begin in the middle of a text.
 
 Intervals are 95 % bootstraps over documents, which are independent of each other.
 """
@@ -60,7 +60,7 @@ class Score:
 
 
 def edges(length: int, start: int = 0, first: int = FIRST_EDGE) -> list[int]:
-    """The bounds of the position buckets: 0, 256, 512, 1024, ... up to `length`, from `start` on; or 0, `first`, ..."""
+    """The bounds of position buckets from `start` to `length`: 0, 256, 512, 1024, ... (`first`, then doubled)."""
     bounds, edge = [start], first
     while edge < length:
         if edge > start:
@@ -88,15 +88,16 @@ def perplexity(
 
     Args:
         length: tokens of context.
-        stride: tokens that each window of the strided convention scores; a quarter of the length where None.
-        prompt: tokens of each window that are read and not scored; those after them are decoded, teacher-forced. It
-            matters for models with full decoding, and gives the numbers of decoding token by token.
-        first_bucket: positions of the first bucket; each next ends at twice as many.
+        convention: how the text is cut, see `zebra.evaluate.windows`.
+        stride: tokens that each window of the strided convention scores; None takes a quarter of the length.
+        prompt: tokens of each window that are read as a prompt and not scored. The tokens after them count as decoded,
+            teacher-forced, with the same losses as token by token. It matters for models with full decoding.
+        first_bucket: the end of the first bucket of positions; each further bucket ends at twice the position.
         prefix: tokens that begin each window, see `zebra.data.encoding.window_prefix`.
-        batch_tokens: how many tokens are run at once; a window is never split.
+        batch_tokens: tokens that are run at once; a window is never split.
 
     Raises:
-        ZebraError: a contradiction between the options, a text too short, tokens the model has no embedding for.
+        ZebraError: contradicting options, a text too short, or tokens that the model has no embedding for.
     """
     windows = scored_windows(corpus, length, convention, stride=stride, prompt=prompt, prefix=prefix)
     largest = int(corpus.tokens.max())
@@ -132,11 +133,11 @@ def perplexity(
 
 
 def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArray[np.float64]:
-    """The loss of each token of sequences, given the tokens before it, in nats; of a first token 0.
+    """The loss of each token of sequences, given the tokens before it, in nats; NaN for the first token.
 
     Args:
         ids: (B, T).
-        kwargs: of the model's forward, such as a cache.
+        kwargs: arguments of the model's forward, such as a cache.
 
     Returns:
         (B, T).
@@ -146,7 +147,7 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
     """
     inputs = shard_for(model, {"input_ids": ids, "labels": ids})
     shard, labels = inputs.pop("input_ids"), inputs.pop("labels")
-    last = torch.tensor([shard.shape[1] - 1], device=model.device)  # its logits alone show whether the head is known
+    last = torch.tensor([shard.shape[1] - 1], device=model.device)  # one token's logits suffice to check the head
     states, logits = read_states(model, shard, logits_to_keep=last, **inputs, **kwargs)
     head = head_of(model)
     head.check(states[:, -1:], logits[:, -1:])
@@ -158,7 +159,7 @@ def sequence_losses(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> NDArr
 def bucket_scores(
     bounds: Sequence[int], sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int
 ) -> list[Score]:
-    """A score for each bucket that has tokens; where there are several and the first begins at 0, one for all of them.
+    """A score for each bucket that has tokens, and one for all of them if there are several and the first begins at 0.
 
     Args:
         bounds: of the buckets, see `edges`.
@@ -171,7 +172,7 @@ def bucket_scores(
 
 
 def score_of(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
-    """The perplexity of a bucket from the sums of losses (documents,) and the numbers of tokens that have them."""
+    """The perplexity of a bucket from the sums of losses and the numbers of scored tokens, both (documents,)."""
     scored = counts > 0
     loss = bootstrap(sums[scored], counts[scored], seed, bounds=(0, math.inf))
     low, high = (None if nats is None else float(np.exp(nats)) for nats in (loss.low, loss.high))
@@ -199,10 +200,15 @@ def evaluate_perplexity(
     """Load a checkpoint, tokenise texts, and measure: the results of `zebra evaluate perplexity`.
 
     Args:
-        prompt: see `perplexity`; the results' task then ends in `-decoded`.
+        separator, field, num_proc: see `zebra.data.corpus.read_corpus`.
+        join: join documents to at least each length, see `zebra.data.corpus.Corpus.joined`.
+        prompt: see `perplexity`; the task of the results then ends in `-decoded`.
         bos: see `zebra.data.encoding.window_prefix`.
-        check_only: load no model; the results are the tokens that it would read.
+        check_only: load no model; the results are the numbers of tokens that it would read.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
+
+    Raises:
+        ZebraError: as `EvalTarget`, `read_corpus` and `perplexity`; full decoding without a prompt.
     """
     if not lengths:
         raise ZebraError("perplexity is measured at one length or several; got none. Give one.")
@@ -233,7 +239,7 @@ def evaluate_perplexity(
 
 
 def unfilled(tokens: int, length: int) -> str | None:
-    """A warning where the longest window has fewer tokens than a context."""
+    """A warning if the longest window, of `tokens`, does not fill a context of `length` tokens."""
     if tokens >= length:
         return None
     return (
@@ -243,7 +249,7 @@ def unfilled(tokens: int, length: int) -> str | None:
 
 
 def _warn_of_lengths(target: EvalTarget, longest: Mapping[int, int]) -> None:
-    """Warn where no window is as long as its length, and of windows that are longer than what the model reads."""
+    """Warn if no window is as long as its length, and of windows beyond the reach of the model."""
     for length, tokens in longest.items():
         if text := unfilled(tokens, length):
             warnings.warn(text, stacklevel=3)
@@ -251,12 +257,12 @@ def _warn_of_lengths(target: EvalTarget, longest: Mapping[int, int]) -> None:
 
 
 def task_name(convention: str, prefix: tuple[int, ...]) -> str:
-    """The task of results that were measured by a convention, with a prefix or without."""
+    """The name of the task of results that were measured by a convention, with a prefix or without."""
     return f"perplexity-{convention}" + "-bos" * bool(prefix)
 
 
 def results_of(scores: Sequence[Score], length: int, task: str, **columns: Any) -> list[Result]:
-    """Scores as results of a task; `columns` are those that all share."""
+    """Scores as results of a task; `columns` are the same for all of them."""
     return [
         Result(
             task=task,
@@ -276,7 +282,7 @@ def results_of(scores: Sequence[Score], length: int, task: str, **columns: Any) 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """In the model's evaluation mode and without gradients; its mode is restored at the end."""
+    """Put a model into evaluation mode, without gradients; restore its mode at the end."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""A document and a question as a prompt that fits: the middle of the document is cut, the question never.
+"""Fit a document and a question into a prompt: the middle of the document is cut, the question never.
 
 [beginning of the document ...] <the middle is cut> [... its end]  question
  '-------- half of what fits --'                    '- half ----'
@@ -22,7 +22,7 @@ TEMPLATE = "{document}\n\nQuestion: {question}\nAnswer:"
 WITHOUT_DOCUMENT = ""
 _GAP = "\n...\n"
 _JOINTS = 64
-"""More tokens than a text may lose where it is joined to others."""
+"""An upper bound of the tokens that may merge away where the parts of a prompt are joined."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Prompt:
 
     Attributes:
         ids: its tokens.
-        document: the text in place of the document.
+        document: the document as the prompt has it, perhaps cut.
         document_tokens: tokens of the whole document.
-        cut: the document's tokens that are left out, half-open; None where all are in.
+        cut: the half-open range of the document's tokens that are left out; None if it is whole.
     """
 
     ids: tuple[int, ...]
@@ -43,14 +43,14 @@ class Prompt:
 
 
 class Prompts:
-    """Examples as prompts.
+    """Makes prompts of examples.
 
     Args:
         template: has `{document}` and `{question}` once each.
-        chat: put it into the tokenizer's chat template, as one message of the user.
+        chat: put the text into the tokenizer's chat template, as one user message.
 
     Raises:
-        ZebraError: a template without them.
+        ZebraError: another template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = TEMPLATE, *, chat: bool = False):
@@ -71,11 +71,11 @@ class Prompts:
         return tuple(encode_prompt(text, self.tokenizer, self._chat).tolist())
 
     def answer_ids(self, answer: str) -> tuple[int, ...]:
-        """The tokens of an answer after the prompt: with the space between them, except in a chat template."""
+        """The tokens of an answer after the prompt, with the space between them unless in a chat template."""
         return self._pieces.encode_first(answer) if self._chat else self._pieces.encode(answer)
 
     def fitting(self, example: QAExample, length: int | None) -> Prompt:
-        """The prompt in at most `length` tokens; whole where that is None.
+        """The prompt with the document cut to fit into `length` tokens; None cuts nothing.
 
         Raises:
             ZebraError: the template and the question leave no room for the document.

@@ -1,12 +1,12 @@
-"""The perplexity of values that a document looks up, by their distance to where it stated them.
+"""The perplexity of values that a document looks up, by the distance to where it stated them.
 
     document      .. 83715: 20466. .. 51920: 77301. .. | Look up the key 83715 again. 83715: 20466. ..
                             |<------------------------ distance ------------------------>|
 
     perplexity(bucket) = exp(mean of the losses of the values' tokens whose distance lies in the bucket)
 
-A value's digits are drawn evenly, so a model that has to guess has as many as a token has values: 10 for one digit. One
-that looks them up has 1.
+A value is a random number. A model that guesses has a perplexity near the number of possible tokens, such as 10 if a
+token is one digit. A model that looks values up has 1.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def recall_by_distance(
     """The perplexity of values that documents of `length` tokens look up: for each bucket of distances, then for all.
 
     Args:
-        documents: how many are drawn, by the seed; none of them is one that `RecallDataset` draws.
-        first_bucket: distances of the first bucket; each next ends at twice as many.
+        documents: how many are drawn; their seeds differ from all that `RecallDataset` uses.
+        first_bucket: the end of the first bucket of distances; each further bucket ends at twice the distance.
 
     Raises:
         ZebraError: as `sequence_losses`; a tokenizer that cannot write enough keys.

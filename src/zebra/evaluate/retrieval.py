@@ -1,13 +1,13 @@
 """Retrieval by length and depth: whether a model uses evidence at a known position of a long text.
 
-Two scores, each a share from 0 to 1 for every sample:
+Two scores, each a share of a sample's answers from 0 to 1:
 
     generate     the answers that the greedy continuation of the prompt contains, as RULER counts (arXiv 2404.06654)
     likelihood   the answers that are likelier after the prompt than every distractor, for models that cannot follow
                  a question; chance is 1 / (distractors + 1)
 
-A cell of the grid is the mean over its samples with Wilson's 95 % interval, which is exact for one answer and wide for
-several.
+Each task, length and depth has the mean over its samples, with Wilson's 95 % interval, which fits tasks with one answer
+and is too wide for several.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def retrieval(
     """The score of each sample: the share of its answers that the model gives.
 
     Args:
-        batch_tokens: how many tokens are run at once.
-        advance: takes the tokens of the prompts that are done.
+        score: generate or likelihood.
+        batch_tokens: tokens that are run at once.
+        advance: called with the number of prompt tokens that are done.
 
     Raises:
         ZebraError: no such score.
@@ -85,13 +86,13 @@ def evaluate_retrieval(
 
     Args:
         depths: ignored by the tasks whose answer depends on the whole text.
-        haystack: files of text to hide the evidence in; made-up text where there are none.
-        beyond: measure lengths beyond the positions that the model was trained for, with a warning.
-        check_only: load no model; the results are the tokens that it would read.
+        haystack: files of text to hide the needles in; without them, a few sentences over and over.
+        beyond: measure at lengths beyond the model's reach, with a warning.
+        check_only: load no model; the results are the numbers of tokens that it would read.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        ZebraError: as `EvalTarget` and `SampleGenerator.samples`; a length beyond the model without `beyond`.
+        ZebraError: as `EvalTarget` and `SampleGenerator.samples`; a length beyond the model's reach without `beyond`.
     """
     check_score(score)
     cells = _cells(names_of(tasks), lengths, depths, samples)
@@ -126,7 +127,7 @@ def evaluate_retrieval(
 def _cells(
     tasks: Sequence[str], lengths: Sequence[int], depths: Sequence[float], samples: int
 ) -> list[tuple[str, int, float | None]]:
-    """Task by task, and each task from the shortest length on."""
+    """The (task, length, depth) to measure, task by task, each from the shortest length on."""
     cells: list[tuple[str, int, float | None]] = []
     for task in dict.fromkeys(tasks):
         for depth in depths:

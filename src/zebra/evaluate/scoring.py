@@ -1,7 +1,7 @@
 """What a model answers to prompts, and how likely given answers are.
 
-Short prompts of like length are read together. Long ones are read one by one, and what begins like the one before is
-not read again, such as a document with several questions:
+Short prompts of similar length are read in batches. Long ones are read one by one, and a shared beginning, such as one
+document with several questions, is read only once:
 
     prompts, padded on the left          answers, padded on the right
     [.. .. p0 p1 p2]  ─► cache ─► copy   [p2 a0 a1 ..]
@@ -36,11 +36,11 @@ from zebra.model.self_extend import bounded_cache
 
 SCORES = ("generate", "likelihood")
 BATCH_TOKENS = 8192
-"""Tokens of prompts that run at once; a longer prompt is read in chunks of as many."""
+"""Tokens of prompts that run at once; a longer prompt is read in chunks of this size."""
 _LOGITS = 1024
-"""Tokens of answers whose logits are formed at once: of 49,152 each 192 MiB, and twice as much to normalise them."""
+"""Answer tokens whose logits are computed at once: 192 MiB with a vocabulary of 49,152, and twice that to normalise."""
 _SHARED = 256
-"""Fewer tokens are read again."""
+"""The shortest shared beginning that is not read again, in tokens."""
 
 Ids = Sequence[int]
 
@@ -56,7 +56,7 @@ def check_score(score: str) -> None:
 
 
 def no_progress(tokens: float) -> None:
-    """In place of a progress bar."""
+    """Do nothing, in place of a progress bar."""
 
 
 def greedy_answers(
@@ -69,11 +69,12 @@ def greedy_answers(
     batch_tokens: int = BATCH_TOKENS,
     advance: Callable[[float], None] = no_progress,
 ) -> list[str]:
-    """The greedy answer to each prompt, up to the first of the stop strings.
+    """The greedy answer to each prompt, up to the first stop string.
 
     Args:
-        max_new_tokens: for each prompt; a batch generates as many as its largest.
-        advance: takes the tokens of the prompts that are done.
+        max_new_tokens: for each prompt; a batch generates up to the largest among its prompts.
+        batch_tokens: tokens that are run at once.
+        advance: called with the number of prompt tokens that are done.
     """
     answers, strings = [""] * len(prompts), tuple(names_of(stop))
     for batch in _read(model, prompts, batch_tokens):
@@ -103,9 +104,10 @@ def log_likelihoods(
         log p(answer | prompt) = sum over its tokens of log p(token | prompt and the tokens before it)
 
     Args:
-        prompts: each of at least one token.
-        answers: for each prompt any number, each of at least one token.
-        advance: takes the tokens of the prompts that are done.
+        prompts: each has at least one token.
+        answers: one or more for each prompt, each with at least one token.
+        batch_tokens: tokens that are run at once.
+        advance: called with the number of prompt tokens that are done.
     """
     sums: list[list[float]] = [[] for _ in prompts]
     longest = max((len(answer) for some in answers for answer in some), default=1)
@@ -123,9 +125,9 @@ class _Batch:
     """Prompts that have been read except for their last token.
 
     Attributes:
-        indices: which of the prompts.
+        indices: which of the prompts these are.
         ids, mask: (B, T), padded on the left.
-        cache: of T - 1 tokens.
+        cache: holds the first T - 1 tokens.
     """
 
     indices: list[int]
@@ -135,17 +137,17 @@ class _Batch:
 
     @property
     def positions(self) -> Tensor:
-        """(B, T), 0 under padding."""
+        """(B, T), 0 at padding."""
         return (self.mask.cumsum(1) - 1).clamp(min=0)
 
 
 def _read(
     model: PreTrainedModel, prompts: Sequence[Ids], batch_tokens: int, most: int | None = None
 ) -> Iterator[_Batch]:
-    """All prompts, in batches of at most `batch_tokens` when padded; a longer one is read in chunks of as many.
+    """Read all prompts, in batches of at most `batch_tokens` with padding; a longer one is read in chunks of this size.
 
     Args:
-        most: prompts of a batch.
+        most: the most prompts in a batch.
     """
 
     def fits(batch: list[int], _: int) -> bool:
@@ -159,7 +161,7 @@ def _read(
         yield batch
     long = sorted({*range(len(prompts))} - {*short}, key=lambda i: list(prompts[i]))
     shared = [_shared(prompts[i], prompts[j]) for i, j in pairwise(long)]
-    beginnings: list[StripedCache] = []  # of the prompt before, each longer than the last
+    beginnings: list[StripedCache] = []  # of the previous prompt, each longer than the one before
     for at, i in enumerate(long):
         while beginnings and beginnings[-1].get_seq_length() > shared[at - 1]:
             beginnings.pop()
@@ -174,7 +176,7 @@ def _read(
 
 
 def _shared(one: Ids, other: Ids) -> int:
-    """How many first tokens two prompts share, the last token of each left out; 0 for a few."""
+    """How many first tokens two prompts share, without the last token of each; 0 if fewer than `_SHARED`."""
     shorter = min(len(one), len(other)) - 1
     common = next((i for i in range(shorter) if one[i] != other[i]), shorter)
     return common if common >= _SHARED else 0
@@ -217,7 +219,7 @@ def _of_batch(model: PreTrainedModel, batch: _Batch, answers: Sequence[Sequence[
 
 
 def padded(sequences: Sequence[Ids], device: torch.device, *, side: str) -> tuple[Tensor, Tensor]:
-    """Sequences of several lengths as one tensor, padded on a side, and its mask, both (B, T)."""
+    """Pad sequences on one side, "left" or "right"; returns the tokens and their mask, both (B, T)."""
     ids = [torch.tensor(sequence) for sequence in sequences]
     padded, mask = (
         pad_sequence(tensors, batch_first=True, padding_side=side)

@@ -1,11 +1,11 @@
-"""The search for the layers that stay global: two orders of choice, and the layouts that they are compared with.
+"""Search for the layers that stay global: two orders of selection, and the layouts that they are compared with.
 
     round 1    LGGGG 2.31    GLGGG 2.95    GGLGG 2.30    GGGLG 2.42    GGGGL 2.33     the source GGGGG 2.29
-    once       the layers of the highest losses stay global
-    greedy     the layer of the lowest loss becomes local, and the others are measured again, until the budget is met
+    once       the layers whose loss as local layers is highest stay global
+    greedy     the layer with the lowest loss becomes local, and the others are measured again, until the budget is met
 
-Of two layers that do the same work each looks unnecessary while the other is global: `once` may lose both, `greedy`
-keeps one.
+If two layers do the same work, each looks unnecessary while the other is global: `once` may lose both, `greedy` keeps
+one.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from zebra.evaluate.scoring import no_progress
 
 
 def _candidates(kinds: str) -> dict[str, int]:
-    """The layouts with one global layer less, from the first layer on, each with the layer that becomes local."""
+    """The layouts with one global layer fewer, each with the layer that becomes local, from the first layer on."""
     return {kinds[:i] + "L" + kinds[i + 1 :]: i for i in global_layers(kinds)}
 
 
 def once(losses: Losses, source: str, count: int, advance: Advance = no_progress) -> str:
-    """The layout with the `count` global layers whose loss as local layers is highest; of equals, the earlier ones."""
+    """The layout that keeps the `count` global layers whose loss as local layers is highest; in a tie, earlier ones."""
     candidates = _candidates(source)
     losses.measure(source, [*candidates], advance=advance)
     needed = sorted(candidates, key=losses.mean, reverse=True)[:count]
@@ -32,9 +32,9 @@ def once(losses: Losses, source: str, count: int, advance: Advance = no_progress
 
 
 def greedy(losses: Losses, source: str, count: int, advance: Advance = no_progress) -> str:
-    """The layout that is left when layer after layer becomes local, each time the one of the lowest loss.
+    """The layout with `count` global layers after layer by layer became local, each time the one with the lowest loss.
 
-    Of equals, the later one.
+    In a tie, the later layer becomes local.
     """
     kinds = source
     while kinds.count("G") > count:
@@ -45,10 +45,10 @@ def greedy(losses: Losses, source: str, count: int, advance: Advance = no_progre
 
 
 def strides(source: str, count: int) -> list[str]:
-    """The paper's stride over the source's global layers: the smallest that keeps at most `count`, at every offset, and
-    its own layouts, global layer first, of greater strides that keep just as many.
+    """Layouts by the paper's stride, over the global layers of the source.
 
-    Five layers, two to keep: GLLGL, LGLLG and LLGLL by stride 3, GLLLG by stride 4.
+    The smallest stride that keeps at most `count` layers, at every offset; and larger strides from the first global
+    layer that keep exactly `count`. For five layers and two to keep: GLLGL, LGLLG, LLGLL (stride 3), GLLLG (stride 4).
     """
     which = global_layers(source)
     smallest = -(-len(which) // count)
@@ -63,18 +63,18 @@ def global_layers(kinds: str) -> list[int]:
 
 
 def layout_of(layers: Sequence[int], depth: int) -> str:
-    """The layout of these global layers."""
+    """The layout of `depth` layers in which these are global."""
     return "".join("G" if i in layers else "L" for i in range(depth))
 
 
 class SearchCost(NamedTuple):
-    """An estimate of what a search runs.
+    """An estimate of the forward passes of a search.
 
     Attributes:
-        rounds: each is a forward pass over the sequences that choose, and all candidates.
-        candidates: each runs the layers from its first difference on, half a pass on average.
-        passes: all of these, as whole forward passes over the sequences.
-        sequences, batches: those that choose.
+        rounds: each is one full pass over the sequences that select, and its candidates.
+        candidates: each runs only the layers from the changed one on, half a pass on average.
+        passes: the cost of all rounds and candidates, in full passes over the sequences.
+        sequences, batches: the number of those that select, without the held-out ones.
     """
 
     rounds: int
@@ -85,7 +85,7 @@ class SearchCost(NamedTuple):
 
     @classmethod
     def of(cls, source: str, count: int, order: str, batches: Sequence[CalibrationBatch]) -> SearchCost:
-        """An estimate: which layers greedy selection will try in its later rounds is not known yet."""
+        """Estimate the cost; which layers the later rounds of greedy will try is not known yet."""
         which = global_layers(source)
         by_round = range(len(which), count if order == "greedy" else len(which) - 1, -1)
         tail = sum(len(source) - i for i in which) / len(which) / len(source)

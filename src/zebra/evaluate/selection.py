@@ -1,10 +1,11 @@
-"""Which layers of a checkpoint stay global, by measurement: what `zebra select` does.
+"""Select by measurement which layers of a checkpoint stay global: what `zebra select` does.
 
-Each layer becomes local in turn, and the teacher-forced loss of the tokens that need more than the window shows how
-much it is needed (`zebra.evaluate.calibration` has the tokens, `zebra.evaluate.search` the orders). The choice is then
-compared, on other sequences, with the source, with all layers local, and with the paper's stride at every offset.
+Each layer becomes local in turn. The teacher-forced loss on tokens that need more than the window shows how much the
+layer is needed (`zebra.evaluate.calibration` has the tokens, `zebra.evaluate.search` the orders). The selection is then
+compared, on held-out sequences, with the source, with all layers local, and with the paper's stride at every offset.
 
-A round is one whole pass over the sequences, and each candidate from its layer on: half a pass on average.
+A round is one full pass over the sequences, and for each candidate the layers from the changed one on: half a pass on
+average.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ ORDERS = ("greedy", "once")
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen layout, and a result for each loss that was measured on the way."""
+    """The selected layout, and a result for each loss that was measured on the way."""
 
     stripes: Stripes
     results: list[Result]
@@ -85,25 +86,27 @@ def select(
     check_only: bool = False,
     run: str = "select",
 ) -> Selection:
-    """Choose the layers of a checkpoint that stay global.
+    """Select the layers of a checkpoint that stay global.
 
     Args:
         budget: how many: 8, a share such as 0.25, or a cost such as "cache:4GiB@131072"; see `zebra.plan.budget`.
         window: of the layers that become local, "512+4" with 4 sinks; local layers of the source get it too.
-        length: tokens of each sequence of text, or of each task's prompt.
-        text: files of text to read, or their tokens; with tasks, to hide their evidence in.
+        length: tokens of each sequence of text, or of each prompt of a task.
+        text: files of text to score, or their tokens; with tasks, the haystack for their needles.
         tasks: retrieval tasks, see `zebra.data.questions`; the loss is that of their answers.
-        samples: sequences; one in four is held out.
-        order: greedy, or once.
-        bos: of the sequences of text, see `zebra.data.encoding.window_prefix`; the results' task then ends in `-bos`.
+        samples: number of sequences; one in four is held out.
+        order: greedy or once, see `zebra.evaluate.search`.
+        separator: splits text files into documents, see `zebra.data.documents.read_documents`.
+        bos: for sequences of text, see `zebra.data.encoding.window_prefix`; with a prefix, tasks end in `-bos`.
+        rope, dtype, device: see `zebra.model.load_options.LoadOptions`.
+        trust_remote_code: run a tokenizer that is the checkpoint's own Python code.
         work: a folder for the losses: the same call continues after a kill, another budget reuses them.
-        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
-        check_only: load no model; the result is the tokens that it would read, the layout one of as many global layers.
+        check_only: load no model; the result is the number of tokens that it would read, with a placeholder layout.
 
     Raises:
-        ZebraError: a budget that leaves nothing to choose, a model whose layers have fixed kinds, too little text, a
-            length within the window or beyond the model, a folder of something else; see also `zebra.load` and
-            `zebra.data.needles.SampleGenerator`.
+        ZebraError: a budget that leaves nothing to select, a model whose layers have fixed kinds, too little text, a
+            length within the window or beyond the model's reach, or a folder of something else; see also `zebra.load`
+            and `zebra.data.needles.SampleGenerator`.
     """
     local, tasks = Stripes.parse(f"L:{window}"), names_of(tasks)
     _check(order, local.window, length, text, tasks, samples)
@@ -171,7 +174,7 @@ def _check(order: str, window: int, length: int, text: Names | Corpus, tasks: Se
 
 
 def _source_layers(config: PreTrainedConfig, local: Stripes) -> str:
-    """The kinds of the source's layers, as G and L.
+    """The layout of the source, as letters G and L.
 
     Raises:
         ZebraError: fewer than two are global, or layers have fixed kinds.
@@ -190,7 +193,7 @@ def _source_layers(config: PreTrainedConfig, local: Stripes) -> str:
 
 
 def _inputs(checkpoint: str | os.PathLike[str], rope: Any, dtype: Any, device: str | None) -> dict[str, Any]:
-    """The inputs of the losses that concern the model."""
+    """What the losses depend on as regards the model."""
     return {
         "source": checkpoint_digests(checkpoint),
         "rope": str(as_rope(rope)),
@@ -200,7 +203,7 @@ def _inputs(checkpoint: str | os.PathLike[str], rope: Any, dtype: Any, device: s
 
 
 def _count(config: PreTrainedConfig, source: str, budget: str, local: Stripes, length: int, dtype: Any) -> int:
-    """How many layers the budget keeps global."""
+    """The number of layers that the budget keeps global."""
     kind = str(dtype).removeprefix("torch.")
 
     def run(at: int | None) -> Run:
@@ -228,7 +231,7 @@ def _digest(batches: Sequence[CalibrationBatch]) -> str:
 def _score_long_range(
     model: PreTrainedModel, batches: Sequence[CalibrationBatch], window: int, prefix: Sequence[int], folder: Path | None
 ) -> None:
-    """Mark the long-range tokens of a text as those that are scored; the folder keeps them for the next start."""
+    """Mark the long-range tokens of a text as scored; the folder, if any, stores them for the next start."""
     file = None if folder is None else folder / "scored_tokens.json"
     if file is not None and file.exists():
         indices = json.loads(file.read_text(encoding="utf-8"))
@@ -246,7 +249,7 @@ def _score_long_range(
 
 
 def _search(losses: Losses, source: str, count: int, order: str, cost: SearchCost) -> dict[str, list[str]]:
-    """The layouts by kind: the choice of each order, and what it is compared with on the held-out sequences."""
+    """The layouts by kind: the selection of each order, and what it is compared with on the held-out sequences."""
     start = time.perf_counter()
     if losses.measure(source, [source]):
         seconds = time.perf_counter() - start
@@ -265,9 +268,9 @@ def _search(losses: Losses, source: str, count: int, order: str, cost: SearchCos
 def _results(
     losses: Losses, layouts: dict[str, list[str]], source: str, local: Stripes, data: str, columns: dict[str, Any]
 ) -> Iterator[Result]:
-    """The source's loss and what each candidate adds to it, then the same of all comparisons on the held-out sequences.
+    """The loss of the source and the rise of each candidate, then the same for all layouts on the held-out sequences.
 
-    Intervals of what is added are of the sequences' differences, which vary less than their losses.
+    The interval of a rise comes from the differences of each sequence, which vary less than the losses.
     """
 
     def result(kind: str, kinds: str, metric: str, sums: Any, **more: Any) -> Result:

@@ -1,4 +1,4 @@
-"""What is measured: a checkpoint, how it is loaded, and how long a text it can read."""
+"""What is evaluated: a checkpoint, how it is loaded, and how long a text it can read."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class EvalTarget:
     """A checkpoint and how it is loaded. Everything that can fail without the weights fails here.
 
     Args:
-        purpose: what needs a rope that does not change with length, such as "generating"; None allows every rope.
+        purpose: a use that needs a RoPE that does not change with length, such as "generating"; None allows any RoPE.
         loading: the fields of `LoadOptions`.
 
     Attributes:
-        config: the config with its rope changed.
+        config: the config, with the RoPE of the options.
         self_extend: the setting of Self-Extend, or None.
         tokenizer: the checkpoint's tokenizer.
-        reach: the longest text that the model is made for; None where it is unknown, as with another base of the rope.
+        reach: the longest text that the model is made for; None if unknown, as with another base of the RoPE.
 
     Raises:
-        ZebraError: options that do not fit the checkpoint; a rope that changes with length, with a purpose.
+        ZebraError: options that do not fit the checkpoint; with a purpose, a RoPE that changes with length.
     """
 
     def __init__(self, checkpoint: str | os.PathLike[str], *, purpose: str | None = "generating", **loading: Any):
@@ -46,7 +46,7 @@ class EvalTarget:
         self.reach = None if other_base else longest_text(self.config, self.self_extend)
 
     def check_length(self, length: int, beyond: bool | None = None) -> None:
-        """Reject a length beyond `reach`, or warn of it with `beyond`; None is for callers without this option.
+        """Reject a length beyond `reach`, or warn of it if `beyond`; None rejects without naming that option.
 
         Raises:
             ZebraError: a length beyond `reach` without `beyond`; one beyond learned positions.
@@ -62,11 +62,11 @@ class EvalTarget:
         warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)
 
     def ways_beyond(self) -> str:
-        """What takes the model beyond `reach`, for a message."""
+        """Ways to read texts beyond `reach`, as text for a message."""
         return ways_beyond(self.config, self.self_extend, as_rope(self._options.rope))
 
     def load(self) -> PreTrainedModel:
-        """The model on its device.
+        """Load the model to its device.
 
         Raises:
             ZebraError: as `LoadOptions.model`.
@@ -74,7 +74,7 @@ class EvalTarget:
         return self._options.model(self.checkpoint)
 
     def columns(self, model: PreTrainedModel | None = None) -> dict[str, Any]:
-        """The columns of results that describe it; without a model they describe the checkpoint alone."""
+        """The columns of results that describe the loaded model, or without one the checkpoint."""
         if model is None:
             return {"model": self.checkpoint, "layout": layout(self.config)}
         name = loaded_layout_name(model, self._options.rope)

@@ -1,8 +1,8 @@
-"""The windows of a text in which its tokens are scored, by three conventions, which give different perplexities:
+"""Windows of a text in which tokens are scored, by three conventions, which give different perplexities:
 
-disjoint    [-------][-------][---]   windows side by side; every token but each window's first is scored once
-strided     [-------]                 windows of `length`, moved by `stride`; the first scores all its tokens, every
-              [-----==]               other one its last `stride`: nearly a full context before each token
+disjoint    [-------][-------][---]   windows side by side; every token but the first of each window is scored once
+strided     [-------]                 windows of `length`, moved by `stride`; the first scores all tokens but its first,
+              [-----==]               each other one its last `stride`: nearly a full context before each token
 truncated   [-------].......          the first `length` tokens of each document that has as many
 """
 
@@ -22,7 +22,7 @@ CONVENTIONS = ("disjoint", "strided", "truncated")
 
 @dataclass(frozen=True)
 class ScoredWindow:
-    """A window of a text (n,), which of the documents that is, and the first of the window's tokens that is scored."""
+    """A window of the `text` (n,) of a document, by index, and the first of the window's tokens that is scored."""
 
     document: int
     text: NDArray[np.integer]
@@ -31,7 +31,7 @@ class ScoredWindow:
 
     @property
     def tokens(self) -> NDArray[np.integer]:
-        """The tokens (T,), in memory while they are used: windows may be several times the text."""
+        """The tokens (T,), made when needed: those of all windows may be several times the text."""
         return self.window.tokens(self.text)
 
 
@@ -47,7 +47,7 @@ def scored_windows(
     """The windows of all documents; the arguments are those of `zebra.evaluate.perplexity.perplexity`.
 
     Raises:
-        ZebraError: a contradiction between the options, a text too short.
+        ZebraError: contradicting options, or a text too short.
     """
     _check_options(length, convention, stride, prompt, prefix)
     step, first, windows = stride or max(1, length // 4), max(1, len(prefix), prompt or 0), []
