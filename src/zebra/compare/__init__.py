@@ -1,1 +1,1 @@
-"""Ways to read texts longer than a model was trained for, measured side by side on the user's own text."""
+"""Compare methods of reading texts longer than a model was trained for, on the user's own text."""

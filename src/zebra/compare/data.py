@@ -1,4 +1,4 @@
-"""What `zebra compare` compares and measures on: its settings, and the windows and samples that every method gets."""
+"""The settings of `zebra compare`, and the windows and retrieval samples that every method gets."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from zebra.stripes import Stripes
 
 LOADING = ("dtype", "device", "trust_remote_code")
 _SELECTION_SAMPLES = 8
-"""At most."""
+"""The most sequences that layers are selected by."""
 _SELECTION_WINDOWS = 4
-"""Tokens of a sequence that layers are chosen by, in windows."""
+"""The length of such a sequence, in windows of the stripes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,12 @@ class Settings:
     """What is compared, on what.
 
     Attributes:
-        text: files of the user's own text. Its windows are scored (of documents of a window or more; joined where there
-            are none), and it hides the evidence of the retrieval tasks. A quarter at most, its end, is held back to
-            select layers by.
+        text: files of the user's own text. Its windows are scored: those of documents with at least `length` tokens,
+            or of joined documents if there are none. It is also the haystack of the retrieval tasks. Its end, a quarter
+            at most, is held back for selecting layers.
         length: tokens of a window and of a prompt.
         stripes: the layout of the methods with stripes; a selected layout has as many global layers and its window.
-        windows, samples: at most so many windows, and so many samples of each task and depth.
+        windows, samples: the most windows, and the most samples of each task and depth.
     """
 
     checkpoint: str
@@ -82,7 +82,7 @@ class ComparisonData:
             [window.tokens(document) for window in windows_of(document, length, self.prefix) if len(window) == length]
             for document in text
         )
-        in_turns = itertools.chain.from_iterable(itertools.zip_longest(*of_documents))  # few come from all documents
+        in_turns = itertools.chain.from_iterable(itertools.zip_longest(*of_documents))  # so few windows come from many
         self.windows = [window for window in in_turns if window is not None][: settings.windows]
         in_text, in_noise = SampleGenerator(self.tokenizer, text), SampleGenerator(self.tokenizer)
         self._generators = {task: in_text if hides_in_text(task) else in_noise for task in settings.tasks}
@@ -91,7 +91,7 @@ class ComparisonData:
                 generator.check(task, length=length, depth=depth, count=settings.samples, seed=settings.seed)
 
     def inputs(self) -> dict[str, Any]:
-        """What the measurements depend on, apart from the methods and how much of each is measured."""
+        """What the measurements depend on, except for the methods and the number of windows and samples."""
         settings = self._settings
         return {
             "checkpoint": checkpoint_digests(settings.checkpoint),
@@ -106,7 +106,7 @@ class ComparisonData:
         }
 
     def sample(self, unit: Unit) -> Sample:
-        """The sample of a unit; the same whatever else is drawn."""
+        """The retrieval sample of a unit; it does not depend on the other units."""
         settings = self._settings
         (sample,) = self._generators[unit.kind].samples(
             unit.kind, length=settings.length, depth=unit.depth, first=unit.number, seed=settings.seed

@@ -1,6 +1,6 @@
-"""What is measured of each method, kept in a file as it is measured.
+"""The measurements of each method, stored in a file as they are made.
 
-    cost             a text of the length is read into the cache, and a few tokens are decoded
+    cost             the time to read one window into the cache and to decode a few tokens, and the bytes of the cache
     window i         the losses of the i-th window of the text, summed by position bucket
     TASK DEPTH i     the score of the i-th retrieval sample
 
@@ -32,9 +32,9 @@ from zebra.model.cache import StripedCache
 from zebra.model.self_extend import bounded_cache
 
 DECODED = 8
-"""Tokens that are decoded to time one."""
+"""Decoded tokens over which the time of one is averaged."""
 PREFILL_CHUNK = 8192
-"""Tokens of the text that are read into the cache at once."""
+"""Tokens of a text that are read into the cache at once."""
 _WINDOWS_PER_ROUND = 2
 
 Measurement = dict[str, Any]
@@ -55,18 +55,18 @@ COST = Unit("cost")
 
 
 def hides_in_text(task: str) -> bool:
-    """Whether a task's evidence is hidden in the user's text; a pass key is hidden in a few sentences, over and over.
+    """Whether the needles of a task are hidden in the user's text; the pass key is hidden in a few repeated sentences.
 
-    The first measures what the model does with this text, the second whether the method reaches so far at all: a small
-    model may fail in any text.
+    The user's text shows how the model does on this text. The repeated sentences show whether the method reaches this
+    length at all, even with a small model that fails in any real text.
     """
     return task in IN_HAYSTACK and task != "passkey"
 
 
 def schedule(tasks: Sequence[str], depths: Sequence[float], windows: int, samples: int) -> Iterator[Unit]:
-    """The units in the order in which they are measured, so that any beginning of it is balanced.
+    """Yield the units in the order of measurement, in rounds, so that any first part of it is balanced.
 
-    A round is two windows, and a sample of each task at each depth; the middle depth comes first.
+    A round has two windows, and a sample of each task at each depth; the middle depth comes first.
     """
     middle_first = sorted(depths, key=lambda depth: (abs(depth - 0.5), depth))
     window, sample = 0, 0
@@ -80,7 +80,7 @@ def schedule(tasks: Sequence[str], depths: Sequence[float], windows: int, sample
 
 
 def measure_cost(model: PreTrainedModel, window: NDArray[np.integer[Any]]) -> Measurement:
-    """Seconds to read a text into the cache, seconds of a decoded token, and the bytes of the cache.
+    """Measure the seconds to read a text into the cache, the seconds per decoded token, and the bytes of the cache.
 
     Args:
         window: (T,) the text.
@@ -89,7 +89,7 @@ def measure_cost(model: PreTrainedModel, window: NDArray[np.integer[Any]]) -> Me
     cache = bounded_cache(model)
     cache.set_prompt_length(ids.shape[1])
     with evaluating(model):
-        model(ids[:, :PREFILL_CHUNK], use_cache=False, logits_to_keep=1)  # compiles kernels, warms up
+        model(ids[:, :PREFILL_CHUNK], use_cache=False, logits_to_keep=1)  # warm-up, compiles kernels
         start = time.perf_counter()
         for chunk in ids.split(PREFILL_CHUNK, dim=1):
             logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -105,7 +105,7 @@ def measure_cost(model: PreTrainedModel, window: NDArray[np.integer[Any]]) -> Me
 
 
 def measure_window(model: PreTrainedModel, window: NDArray[np.integer[Any]], bounds: Sequence[int]) -> Measurement:
-    """The sums of a window's token losses and their numbers, for each bucket of positions.
+    """Measure the sum of a window's token losses and the number of scored tokens, for each bucket of positions.
 
     Args:
         window: (T,) the text; its first token is not scored.
@@ -121,17 +121,17 @@ def measure_window(model: PreTrainedModel, window: NDArray[np.integer[Any]], bou
 
 
 def measure_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Measurement:
-    """The share of a sample's answers that the greedy continuation contains."""
+    """Measure the share of a sample's answers that the greedy continuation contains."""
     start = time.perf_counter()
     (score,) = retrieval(model, tokenizer, [sample], batch_tokens=PREFILL_CHUNK)
     return {"score": score, "seconds": time.perf_counter() - start}
 
 
 class Measurements:
-    """Measurements by method and unit; a process killed at any moment loses the one in progress.
+    """Measurements by method and unit; a process that is killed loses only the one in progress.
 
     Raises:
-        ZebraError: a line of the file that is no measurement.
+        ZebraError: a line of the file is not a measurement.
     """
 
     def __init__(self, file: Path):

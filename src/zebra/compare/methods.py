@@ -1,10 +1,10 @@
-"""The ways that are compared: options of loading under a name. It needs no torch.
+"""The methods that are compared: named options for loading. This module does not import torch.
 
-as it is                       the checkpoint; beyond its trained length where the texts are longer
-linear, dynamic, yarn          the rope scaled to the length, untrained
+as it is                       the checkpoint, beyond its trained length if the texts are longer
+linear, dynamic, yarn          RoPE scaled to the length, without training
 self-extend                    far tokens share positions
-stripes                        the given layout, untrained
-selected                       as many global layers as it has, chosen by measurement
+stripes                        the given layout, without training
+selected                       as many global layers as `stripes`, selected by measurement
 stripes+self-extend, selected+self-extend
 """
 
@@ -21,13 +21,13 @@ from zebra.stripes import Stripes
 
 AS_IT_IS = "as it is"
 SELECTED = "selected"
-"""In place of a layout: the one that is chosen by measurement."""
+"""In place of a layout: the one that is selected by measurement."""
 _OPTIONS = ("checkpoint", "stripes", "rope", "self_extend", "window", "full_decode")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to read a text.
+    """One way to load a model for reading a text.
 
     Attributes:
         options: fields of `zebra.model.load_options.LoadOptions` as text; `checkpoint` names another checkpoint.
@@ -38,10 +38,10 @@ class Method:
 
     @classmethod
     def parse(cls, text: str) -> Method:
-        """Read options of loading: `rope=yarn:4 stripes=GLLL:1024`, `checkpoint=runs/adapted/model`.
+        """Parse options for loading: `rope=yarn:4 stripes=GLLL:1024`, `checkpoint=runs/adapted/model`.
 
         Raises:
-            ZebraError: another form, an unknown option, or a value that is none.
+            ZebraError: another form, an option that is unknown or repeated, or an invalid value.
         """
         pairs = [part.partition("=") for part in text.split()]
         options = {name: value for name, _, value in pairs}
@@ -62,11 +62,11 @@ class Method:
 
     @property
     def selects(self) -> bool:
-        """Whether its layout is chosen by measurement first."""
+        """Whether its layout must be selected by measurement first."""
         return self.options.get("stripes") == SELECTED
 
     def arguments(self, selected: Stripes | None) -> dict[str, object]:
-        """The fields of `LoadOptions`, without `checkpoint`."""
+        """The fields of `LoadOptions`, without `checkpoint`; `selected` is the selected layout."""
         arguments: dict[str, object] = {name: value for name, value in self.options.items() if name != "checkpoint"}
         if self.selects:
             arguments["stripes"] = selected
@@ -78,7 +78,7 @@ class Method:
 
 
 def standard_methods(trained: int | None, length: int, stripes: str) -> dict[str, Method]:
-    """The methods of the table above by name; those that extend only where the length passes the trained one."""
+    """The methods of the table above, by name; those that extend the context only if `length` exceeds `trained`."""
     extending = {"self_extend": f"auto:{length}"}
     options: dict[str, dict[str, str]] = {AS_IT_IS: {}}
     beyond = trained is not None and length > trained
@@ -94,7 +94,7 @@ def standard_methods(trained: int | None, length: int, stripes: str) -> dict[str
 
 
 def choose_methods(methods: Mapping[str, Method], names: Names | None) -> list[Method]:
-    """The checkpoint as it is, and the methods of these names; all of them where None.
+    """The checkpoint as it is, and the methods of these names; None takes all.
 
     Raises:
         ZebraError: no such method at this length.

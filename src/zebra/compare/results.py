@@ -2,11 +2,12 @@
 
     perplexity-disjoint[-bos], retrieval-generate-TASK              as `zebra evaluate` names them
     compare-paired     loss_above_best: mean loss minus that of the best method on the same tokens, in nats
-    compare-cost       prefill_seconds, decode_seconds of a token, kv_bytes, and the same with _planned
-    compare-trained    tokens that the checkpoint was trained to read; on the result of the checkpoint as it is
+    compare-cost       prefill_seconds, decode_seconds (per token), kv_bytes, and the same with _planned
+    compare-trained    tokens that the checkpoint was trained to read, with the columns of the checkpoint as it is
     compare-failed-*   what a method cannot do; the metric is the reason
 
-Compared is what all methods measured, apart from those that cannot: the same windows and the same samples.
+Methods are compared on the windows and samples that all of them have measured. A method without any measurement of a
+kind of unit, because it failed, does not count there.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from zebra.evaluate.intervals import bootstrap, wilson
 from zebra.results import Result
 
 MethodUnits = Mapping[Unit, Measurement]
-"""What a method measured, by unit."""
+"""The measurements of a method, by unit."""
 _COSTS = ("prefill_seconds", "decode_seconds", "kv_bytes")
 
 
 def comparison_results(
     methods: Sequence[MethodUnits], *, task: str, bounds: Sequence[int], trained: int | None, run: str, seed: int
 ) -> Iterator[Result]:
-    """The results of all methods, the checkpoint as it is first.
+    """Yield the results of all methods, the checkpoint as it is first.
 
     Args:
-        methods: each with a measurement or more, which hold its layout, model and device.
-        task: of perplexity, as `zebra evaluate` names it.
+        methods: each with at least one measurement, which holds its layout, model and device.
+        task: the name of the task of perplexity results, as in `zebra evaluate`.
         bounds: of the buckets of positions, from 0 to the length.
-        trained: the longest text that the checkpoint was trained for, None where it is unknown.
+        trained: the longest text that the checkpoint was trained for; None if unknown.
     """
     spans = [*itertools.pairwise(bounds)]
     spans += [(bounds[0], bounds[-1])] if len(spans) > 1 else []
@@ -56,7 +57,7 @@ def comparison_results(
 
 
 def failure_results(failures: Mapping[tuple[str, str], str], **columns: Any) -> list[Result]:
-    """A result for each reason, by method and kind of unit."""
+    """A result for each failure; `failures` maps a method and a kind of unit to the reason."""
     return [
         Result(task=f"compare-failed-{kind}", metric=reason, value=0, layout=method, **columns)
         for (method, kind), reason in failures.items()
@@ -64,7 +65,7 @@ def failure_results(failures: Mapping[tuple[str, str], str], **columns: Any) -> 
 
 
 def _common(methods: Sequence[MethodUnits], choose: Callable[[Unit], bool]) -> set[Unit]:
-    """Of each kind of unit those that every method has which has any of the kind."""
+    """For each kind of unit, the units that are common to all methods with any unit of this kind."""
     kinds = {unit.kind for units in methods for unit in units if choose(unit)}
     common: set[Unit] = set()
     for kind in kinds:
@@ -78,7 +79,7 @@ WindowLosses = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def _losses(units: MethodUnits, windows: set[Unit]) -> WindowLosses | None:
-    """Those of a method, the whole window as the last bucket; None where it has no window."""
+    """The losses of a method, with the whole window as the last bucket; None if it has no window."""
     measured = [units[unit] for unit in sorted(windows) if unit in units]
     if not measured:
         return None
@@ -95,7 +96,7 @@ def _perplexities(
     task: str,
     columns: dict[str, Any],
 ) -> Iterator[Result]:
-    """Perplexity by position, and what the loss is above the best method's on the same tokens."""
+    """Perplexity by position, and by how much the loss exceeds that of the best method on the same tokens."""
     sums, counts = own
     for i, (start, end) in enumerate(spans):
         best = min((losses[0][:, i] for losses in every if losses is not None), key=lambda of_method: of_method.sum())

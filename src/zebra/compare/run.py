@@ -1,12 +1,12 @@
-"""`zebra compare`: every method on the same windows of a text and the same retrieval samples, within a budget of time.
+"""`zebra compare`: every method on the same windows of a text and the same retrieval samples, within a time budget.
 
     <out>/inputs.json            what the measurements depend on; the same inputs continue, others are rejected
-    <out>/measurements.jsonl     `zebra.compare.measurements`
+    <out>/measurements.jsonl     see `zebra.compare.measurements`
     <out>/selection/             the losses behind the selected layout
     <out>/results.jsonl, report.html, report.md, report-*.svg
 
-A first pass measures the cost and one window of each method. From their seconds follows how many units fit into the
-budget, and a second pass measures those. The failure of a method is a result; the others go on.
+A first pass measures the cost and one window of each method. Their times give an estimate of how many units fit into
+the budget, and a second pass measures those. The failure of a method is a result; the other methods continue.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from zebra.stripes import GLOBAL, Stripes
 
 FIRST_WINDOW = Unit("window")
 _ANSWER_TOKENS = 32
-"""Tokens that a retrieval task decodes, for the estimate of its time."""
+"""Tokens that a retrieval sample is assumed to decode, for the estimate of its time."""
 
 
 def compare(
@@ -76,19 +76,20 @@ def compare(
     run: str = "compare",
     **options: Any,
 ) -> list[Result]:
-    """Measure methods side by side, and write the results and their page.
+    """Measure methods side by side, and write the results and their report.
 
     Args:
         out: the folder; the same call continues after a kill, and a larger budget adds to it.
-        stripes: None takes every second layer and a window of an eighth of the trained length.
-        methods: names of `zebra.compare.methods.standard_methods`, all of them where None; the checkpoint as it is
-            comes first in any case.
-        budget_minutes: no unit begins that would end later; the cost and one window of each method are always measured.
+        stripes: a layout; None makes every second layer global, with a window of an eighth of the trained length.
+        methods: names of `zebra.compare.methods.standard_methods`; None takes all. The checkpoint as it is always comes
+            first.
+        additional: further methods.
+        budget_minutes: units are measured that are estimated to fit; the cost and one window of each method always are.
         options: other fields of `Settings`.
 
     Raises:
-        ZebraError: a text too short, a task that this length cannot have, a folder of something else, a checkpoint that
-            cannot be measured as it is; not what another method cannot do, a result of the task `compare-failed`.
+        ZebraError: a text too short, a task that does not fit this length, a folder of something else, or a checkpoint
+            that cannot be measured as it is. The failure of another method is a result of a task `compare-failed-*`.
     """
     check_names(options, [field.name for field in fields(Settings)])
     if "tasks" in options:
@@ -119,10 +120,10 @@ def compare(
 
 
 class _Comparison:
-    """The methods of one folder: what was measured, and why what is missing failed.
+    """The methods of one folder, their measurements and their failures.
 
     Attributes:
-        failures: the reason by method and kind of unit.
+        failures: the reason, by method and kind of unit.
     """
 
     def __init__(self, settings: Settings, data: ComparisonData, out: Path):
@@ -131,11 +132,11 @@ class _Comparison:
         self._ceilings: Device | None = None
         self._out = out
         self._selected = self._select() if any(method.selects for method in settings.methods) else None
-        by_key = {self.key(method): method for method in reversed(settings.methods)}  # of equal ones the first
+        by_key = {self.key(method): method for method in reversed(settings.methods)}  # the first of equal methods
         self.methods = [method for method in settings.methods if by_key[self.key(method)] is method]
 
     def key(self, method: Method) -> str:
-        """The name of a method's measurements: its options, with the layout that was selected."""
+        """The name of a method in its measurements: its options, with the selected layout."""
         options = {name: str(value) for name, value in method.arguments(self._selected).items()}
         if "checkpoint" in method.options:
             checkpoint = method.options["checkpoint"]
@@ -144,7 +145,7 @@ class _Comparison:
         return " ".join(f"{name}={value}" for name, value in options.items()) or method.name
 
     def results(self, run: str) -> list[Result]:
-        """All that was measured and that failed."""
+        """The results of all measurements and failures."""
         settings, columns = self.settings, {"model": self.settings.checkpoint, "run": run}
         measured = [self.measurements.of(self.key(method)) for method in self.methods]
         results = comparison_results(
@@ -158,7 +159,7 @@ class _Comparison:
         return [*results, *failure_results(self.failures, length=settings.length, **columns)]
 
     def measure(self, units: Sequence[Unit]) -> None:
-        """Measure what is missing of these units, method by method, so that each is loaded once."""
+        """Measure those of these units that are missing, method by method, so that each is loaded once."""
         todo = [(m, [u for u in units if self._missing(m, u)]) for m in self.methods]
         with bar("compare", sum(len(missing) for _, missing in todo), "units") as advance:
             for method, missing in todo:
@@ -178,7 +179,7 @@ class _Comparison:
             raise ZebraError(f"nothing can be compared with {self.methods[0].name}: {reason}")
 
     def affordable(self, seconds: float) -> list[Unit]:
-        """The units from the first on that fit into some seconds, for all methods; those that are measured are free."""
+        """The first units whose estimated time for all methods fits into `seconds`; measured ones take no time."""
         settings, units = self.settings, []
         for unit in schedule(settings.tasks, settings.depths, len(self.data.windows), settings.samples):
             seconds -= sum(self._estimate(method, unit) for method in self.methods if self._missing(method, unit))
@@ -193,7 +194,7 @@ class _Comparison:
         return unit not in self.measurements.of(key) and not failed
 
     def _estimate(self, method: Method, unit: Unit) -> float:
-        """Seconds of a unit: a window takes as long as the first, a sample a prefill and some decoded tokens."""
+        """Estimated seconds of a unit: a window takes as long as the first, a sample a prefill and some decoding."""
         measured = self.measurements.of(self.key(method))
         window, cost = measured.get(FIRST_WINDOW), measured.get(COST)
         if unit.kind == "window" or cost is None:
@@ -201,7 +202,7 @@ class _Comparison:
         return float(cost["prefill_seconds"] + _ANSWER_TOKENS * cost["decode_seconds"])
 
     def _measured(self, method: Method, units: Sequence[Unit]) -> Iterator[Unit]:
-        """The units as they are measured or fail."""
+        """Measure units, and yield each when it is measured or has failed."""
         if not units:
             return
         key, settings = self.key(method), self.settings
@@ -234,7 +235,7 @@ class _Comparison:
         return measure_sample(model, data.tokenizer, data.sample(unit))
 
     def _planned(self, model: PreTrainedModel) -> Measurement:
-        """The cost by the plan, with the ceilings of this machine; without what the plan does not know."""
+        """The cost that the plan predicts with the measured ceilings of this machine, as far as it can."""
         planned: Measurement = {}
         with suppress(ZebraError):
             self._ceilings = self._ceilings or measure_ceilings(str(model.device))
@@ -245,7 +246,7 @@ class _Comparison:
         return planned
 
     def _select(self) -> Stripes:
-        """As many global layers as the given stripes have, chosen by the text that is held back."""
+        """Select as many global layers as the given stripes have, by the text that is held back."""
         settings, stripes = self.settings, self.settings.stripes
         count = stripes.layer_types(self.data.config.get_text_config().num_hidden_layers).count(GLOBAL)
         samples = self.data.selection_samples
@@ -270,7 +271,7 @@ class _Comparison:
 
 
 def planned_run(model: PreTrainedModel, length: int, phase: str) -> Run:
-    """What a loaded model does with a text, for its plan: with the sinks and full decoding that no config has."""
+    """The run of a loaded model on a text, for a plan; with the sinks and full decoding, which no config records."""
     stripes, local = stripes_of(model.config), local_attention_of(model)
     dtype = str(model.dtype).removeprefix("torch.")
     return Run(
@@ -285,4 +286,4 @@ def planned_run(model: PreTrainedModel, length: int, phase: str) -> Run:
 
 
 _FAILURES = (ZebraError, RuntimeError, MemoryError)
-"""What a method may end in: our own errors, and those of torch, out of memory among them."""
+"""Errors that fail only a method: our own, and those of torch, such as out of memory."""
