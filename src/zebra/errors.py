@@ -1,4 +1,4 @@
-"""The one error for input that cannot be served, what to quote of another library's, and text that is safe to show."""
+"""The error for bad input, what to quote from errors of other libraries, and text that is safe to print."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class ZebraError(ValueError):
 
 
 def missing_package(subject: str, packages: str, extra: str) -> ZebraError:
-    """The error where an optional package is not installed, with the extra of zebra that installs it."""
+    """The error for an optional package that is not installed, with the extra of zebra that installs it."""
     return ZebraError(
         f"{subject} needs {packages}, not installed here. Run pip install '.[{extra}]' in a checkout of zebra."
     )
 
 
 def check_names(names: Iterable[str], known: Iterable[str]) -> None:
-    """Check the names of options that are passed on as they are.
+    """Check the names of options that are passed on unchanged.
 
     Raises:
-        ZebraError: an unknown one, with the nearest that is known.
+        ZebraError: a name is unknown; the error suggests the nearest known one.
     """
     every = [*known]
     for name in names:
@@ -37,26 +37,26 @@ def check_names(names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of an error about an unknown name: the nearest that is known, or another remedy where none is near."""
+    """The end of an error about an unknown name: the nearest known name, or `otherwise` if none is near."""
     near = difflib.get_close_matches(name, [*known], n=1)
     return f"did you mean {near[0]}?" if near else otherwise
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, without the advice behind it; all lines where the first ends in a colon."""
+    """The first line of a library's error, without the advice that follows; all lines if the first ends in a colon."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, LookupError | ArithmeticError | AttributeError | RecursionError):
-        # The text of these alone says little.
+        # The text of these errors says little without their type.
         lines[0] = f"{type(error).__name__}: {lines[0]}"
     return " ".join(line.strip() for line in lines)[:400] if lines[0].rstrip().endswith(":") else lines[0]
 
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""Characters that a terminal obeys, or that UTF-8 or XML do not allow."""
+"""Characters that a terminal interprets, or that UTF-8 or XML do not allow."""
 
 
 def printable(text: str) -> str:
-    """Text with a picture in place of each control character but line breaks and tabs, `\N{SYMBOL FOR ESCAPE}[31m`."""
+    """Replace control characters, except line breaks and tabs, by visible symbols: `\N{SYMBOL FOR ESCAPE}[31m`."""
     return _CONTROL.sub(
         lambda match: chr(0x2400 + ord(match[0])) if match[0] < " " else "\N{REPLACEMENT CHARACTER}", text
     )
@@ -68,15 +68,15 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name a path that this user can write."),
 }
 _DISK = re.compile(r"PytorchStreamWriter|unexpected pos \d|iostream error|I/O error|\d requested and \d+ written")
-"""What torch, safetensors and numpy say where a file cannot be written."""
+"""What torch, safetensors and numpy say if a file cannot be written."""
 _MEMORY = re.compile(r"out of memory|[Cc]annot allocate memory|can't allocate memory|bad_alloc|ALLOC_FAILED")
 
 
 def machine_fault(error: BaseException) -> str | None:
-    """What is wrong with the machine or a library and not with the command, with the remedy; None for any other error.
+    """What is wrong with the machine or a library, not with the command, and the remedy; None for any other error.
 
-    A full disk, a file that cannot be written, and too little memory, as Python, torch, numpy and safetensors raise it;
-    a tokenizer that gives up on a text, which is no `Exception`.
+    Covers a full disk, a file that cannot be written, and too little memory, as Python, torch, numpy and safetensors
+    raise them; and a panic in a tokenizer's Rust code, which is not an `Exception`.
     """
     text = str(error)
     if type(error).__module__ == "pyo3_runtime":

@@ -27,19 +27,19 @@ from zebra.errors import ZebraError
 def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to `target` when the body succeeds, and removed otherwise.
 
-    Of a symbolic link it is what the link points to.
+    If `target` is a symbolic link, the directory is created where the link points.
 
     Raises:
         ZebraError: the target exists and is not an empty directory.
     """
-    target = Path(os.path.realpath(target))  # `.` has no name, and no directory can be renamed to a link
+    target = Path(os.path.realpath(target))  # `.` has no name, and a directory cannot replace a link
     check_new_directory(target)
     with _partial(target, Path.mkdir) as partial:
         yield partial
         try:
             _rename(partial, target)
         except OSError:
-            check_new_directory(target)  # another process was first
+            check_new_directory(target)  # another process has created it
             raise
 
 
@@ -47,8 +47,8 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary file that is renamed to `path` when the body succeeds, and removed otherwise.
 
-    Whatever happens, the file at `path` is the new one, complete, or the old one, or absent. The body writes into the
-    file and does not replace it.
+    Whatever happens, the file at `path` is the complete new one, the old one, or absent. The body must write into the
+    temporary file, and not replace it.
 
     Raises:
         ZebraError: the path is a folder, a device or a pipe.
@@ -61,13 +61,13 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def atomic_write(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text as an `atomic_file`."""
+    """Write a text with `atomic_file`."""
     with atomic_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def append_lines(path: str | os.PathLike[str], text: str) -> None:
-    """Append lines to a file, all or none; they start a new line even if the file's last line has no end."""
+    """Append lines to a file, all or none; they start on a new line even if the last line of the file has no end."""
     path = Path(os.path.abspath(path))
     check_regular_file(path)
     make_folder(path.parent)
@@ -88,12 +88,12 @@ def append_lines(path: str | os.PathLike[str], text: str) -> None:
 
 
 def read_log(file: Path, parse: Callable[[dict[str, Any]], None], noun: str) -> None:
-    """Parse each line of a file of JSON objects that grows line by line, where it exists.
+    """Parse each line of a log, a file to which JSON objects are appended line by line, if it exists.
 
-    A last line without its end, which a kill or a full disk left, is removed from the file.
+    An incomplete last line, which a kill or a full disk left, is removed from the file.
 
     Raises:
-        ZebraError: a line that is no `noun`: `parse` raises a KeyError, a TypeError or a ValueError for it.
+        ZebraError: a line is not a `noun`: it is not JSON, or `parse` raises a KeyError, TypeError or ValueError.
     """
     text = file.read_bytes() if file.exists() else b""
     complete = text.rfind(b"\n") + 1
@@ -109,17 +109,17 @@ def read_log(file: Path, parse: Callable[[dict[str, Any]], None], noun: str) -> 
 
 
 def append_to_log(file: Path, entry: Mapping[str, Any]) -> None:
-    """Append a line to a file that `read_log` reads, in one write."""
+    """Append a line to a log that `read_log` reads, in one write."""
     line = json.dumps(entry) + "\n"
     with file.open("a", encoding="utf-8") as log:
         log.write(line)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Check that a file can be written, as far as that shows before it is; nothing is left behind.
+    """Check that a file can be written, as far as possible without writing it; leave nothing behind.
 
     Raises:
-        ZebraError: it cannot.
+        ZebraError: the file cannot be written.
     """
     path = Path(os.path.abspath(path))
     try:
@@ -134,7 +134,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents where they are absent, and sync the folders that hold them."""
+    """Create a folder and its missing parents, and sync the folders that contain them."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -142,7 +142,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(top: Path) -> None:
-    """Force a file, or a folder with all files in it, to the disk: after a rename only they survive a loss of power."""
+    """Flush a file, or a folder with all files in it, to disk, so that it survives a power failure after its rename."""
     for path in (top, *top.rglob("*")):
         if not path.is_symlink() and (path.is_file() or path.is_dir()):
             _sync(path)
@@ -159,14 +159,14 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that sync no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def check_regular_file(path: Path) -> None:
-    """Check that a path may be a file: a device such as /dev/zero has no end, a pipe without a writer no beginning.
+    """Check that a path is a file or absent: reading a device such as /dev/zero, or a pipe, may never end.
 
     Raises:
         ZebraError: a folder, a device or a pipe.
@@ -177,10 +177,10 @@ def check_regular_file(path: Path) -> None:
 
 @contextmanager
 def _partial(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
-    """A temporary path beside the target, removed at the end if it is still there.
+    """Yield a temporary path beside the target, which is removed at the end if it is still there.
 
-    It is locked while this process lives, and the next writer of the target removes those that are not. Locks hold
-    between containers too, where each process may have the same number. Errors name the target instead.
+    It is locked while this process lives, and the next writer of the target removes leftovers without a lock. Unlike
+    process ids, locks also work between containers. Errors name the target instead of the temporary path.
     """
     try:
         make_folder(target.parent)
@@ -231,11 +231,11 @@ def _remove(path: Path) -> None:
 
 
 def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, partly: bool = False) -> None:
-    """Compare the inputs that a directory's results depend on with those in its `inputs.json`, where that exists.
+    """Compare the inputs that a directory's results depend on with those in its `inputs.json`, if that exists.
 
     Args:
-        instead: the remedy beside restoring the inputs, such as "name another run".
-        partly: compare the inputs that both have; else one that either lacks has changed.
+        instead: what the user can do instead of restoring the inputs, such as "name another run".
+        partly: compare only the inputs that both have; otherwise an input that only one has counts as changed.
 
     Raises:
         ZebraError: the file is damaged; the directory began with other inputs.
@@ -257,7 +257,7 @@ def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, part
 
 
 def _changed(name: str, one: object, other: object) -> str:
-    """What of an input changed: its name, or those of the entries of a table that did; nothing where they are equal."""
+    """What changed in an input: its name, with the changed entries if it is a dict; empty if nothing changed."""
     if isinstance(one, dict) and isinstance(other, dict):
         entries = sorted(entry for entry in {*one, *other} if one.get(entry) != other.get(entry))
         return f"{name} ({', '.join(entries)})" if entries else ""
@@ -271,7 +271,7 @@ def file_digest(file: Path) -> str:
 
 
 def user_cache_dir(kind: str) -> Path:
-    """The directory of one kind of cached files, shared by all runs of this user.
+    """The directory for one kind of cached files, shared by all runs of this user.
 
     Raises:
         RuntimeError: the user has no home directory.
@@ -283,22 +283,22 @@ def check_new_directory(target: Path) -> None:
     """Check that `atomic_directory` can create a target.
 
     Raises:
-        ZebraError: it exists and is not an empty directory.
+        ZebraError: the target exists and is not an empty directory.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ZebraError(f"the target {target} exists already. Name another, or remove it first.")
 
 
 def is_vacant(path: Path) -> bool:
-    """Whether a path is absent, or a folder with nothing but hidden files, such as a killed writer leaves."""
+    """Whether a path is absent, or a folder with only hidden files, such as those that a killed writer leaves."""
     return not path.exists() or (path.is_dir() and all(file.name.startswith(".") for file in path.iterdir()))
 
 
 @contextmanager
 def directory_lock(directory: Path) -> Iterator[None]:
-    """Lock a directory for this process. It is created if absent, and removed if it is empty at the end.
+    """Lock a directory for this process. It is created if absent, and removed at the end if it is empty.
 
-    The lock is the operating system's: it ends with the process, however that ends.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
         ZebraError: another process holds the lock.

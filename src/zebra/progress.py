@@ -1,6 +1,6 @@
-"""The console for messages, and progress bars on it; where stderr is no terminal there are no bars.
+"""The console for messages, and its progress bars, which are off if stderr is not a terminal.
 
-Names come from files of others. What they hold is shown and not obeyed: no markup, no control characters.
+Names may come from untrusted files. They are shown literally, without markup and control characters.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from zebra.errors import printable
 
 
 class TextConsole(Console):
-    """A console that shows `printable` text, and no markup but that of `rich.text.Text`."""
+    """A console that shows `printable` text; only `rich.text.Text` has styles, as markup is off."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, highlight=False, emoji=False, **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render an object to pieces of text with their styles."""
+        """Render an object to segments of printable text with their styles."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 console = TextConsole(stderr=True)
-"""Stderr, for everything that is not output."""
+"""Stderr, for everything but the output of a command."""
 
 
 @contextmanager
 def only_errors(name: str) -> Iterator[None]:
-    """A logger logs errors alone, until the last thread that asked for it is done."""
+    """Within this context a logger logs only errors; its level returns when the last thread leaves the context."""
     logger = logging.getLogger(name)
     with _QUIET_LOCK:
         users, level = _QUIET.get(name, (0, logger.level))
@@ -55,7 +55,7 @@ def only_errors(name: str) -> Iterator[None]:
 
 
 _QUIET: dict[str, tuple[int, int]] = {}
-"""By logger: how many asked for errors alone, and its level before the first."""
+"""For each logger, how many contexts are open, and its level before the first."""
 _QUIET_LOCK = threading.Lock()
 
 
@@ -69,10 +69,10 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def bar(description: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
-    """A progress bar.
+    """Show a progress bar.
 
     Yields:
-        A function that takes the units done since its last call, and as `note` a text for the end of the bar.
+        A function that takes the units done since its last call, and a `note` to show at the end of the bar.
     """
     columns = (
         TextColumn("{task.description}", markup=False),

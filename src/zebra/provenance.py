@@ -1,4 +1,4 @@
-"""Where a result comes from: the versions of the libraries and the commit of zebra that produced it."""
+"""Where a result comes from: the versions of libraries and the commit of zebra that produced it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of the checkout that this package runs from, 12 digits, with a `+` if it has uncommitted changes.
 
-    None where the package is installed, or where git is not.
+    None if the package does not run from a checkout, or git is not installed.
     """
     describe = "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"
     try:

@@ -1,4 +1,4 @@
-"""Results: what was measured, on what, by which code. Tables and plots are views of results.
+"""Results: what was measured, on what, and by which code. Tables and plots are views of results.
 
 Length, depth and position are columns, never part of a metric's name. Results are stored in JSON Lines files.
 """
@@ -24,13 +24,13 @@ class Result:
     """One measurement. Columns that do not apply are None.
 
     Attributes:
-        low: with `high` the 95 % interval of `value`; of a time, the least and the most that were measured.
+        low, high: the 95 % interval of `value`; for a time, the shortest and the longest that were measured.
         n: how many units were measured (tokens, samples).
         length: the context length in tokens.
-        position_from: with `position_to` the positions that were scored, half-open and counted from 0.
+        position_from, position_to: the half-open range of positions that were scored, counted from 0.
         depth: the relative position of a needle in its text, 0 to 1.
-        origin: not a column, but the file and line that the result was read from, `results.jsonl:17`; None where it
-            was just measured.
+        origin: not a column, but the file and line that the result was read from, `results.jsonl:17`; None if it was
+            not read from a file.
     """
 
     run: str
@@ -53,7 +53,7 @@ class Result:
     origin: str | None = field(default=None, compare=False, repr=False)
 
     def columns(self) -> dict[str, Any]:
-        """The values by column."""
+        """The values by name of column."""
         return {name: getattr(self, name) for name in COLUMNS}
 
     def json(self) -> str:
@@ -62,17 +62,17 @@ class Result:
 
 
 COLUMNS = tuple(f.name for f in fields(Result) if f.name != "origin")
-"""The columns of a result in their order."""
+"""The columns of a result, in order."""
 _REQUIRED = ("run", "model", "layout", "task", "metric", "value")
 _TYPES: dict[str, Any] = get_type_hints(Result) | {"versions": dict, "value": int | float}
 _TYPES |= dict.fromkeys(("depth", "low", "high"), int | float | None)
-"""The type of each column, checked in results that come from a file."""
+"""The type of each column, checked when results are read from a file."""
 
 
 def to_json(tree: Any, indent: int | None = None) -> str:
-    """Standard JSON, which has no NaN and no infinity: such numbers become null.
+    """Encode as standard JSON, which has no NaN and no infinity: these become null.
 
-    Control characters, and surrogates such as those of file names that are not UTF-8, are escaped.
+    Control characters are escaped, and so are surrogates, such as those in file names that are not UTF-8.
     """
 
     def finite(value: Any) -> Any:
@@ -97,10 +97,10 @@ def append_results(path: str | os.PathLike[str], results: Iterable[Result]) -> N
 
 
 def check_results_file(path: str | os.PathLike[str]) -> None:
-    """Check that results can be appended to a file, which is absent or holds results.
+    """Check that results can be appended to a file: it can be written, and is absent or holds results.
 
     Raises:
-        ZebraError: it cannot be written, or some lines are not results.
+        ZebraError: the file cannot be written, or some lines are not results.
     """
     check_writable(path)
     if Path(path).exists():
@@ -111,8 +111,8 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
     """Read the results of a JSON Lines file, each with its origin.
 
     Raises:
-        ZebraError: there is no such file, or some lines are not results. The message names the file, those lines, and
-            the fault of the first.
+        ZebraError: there is no such file, or some lines are not results. The message names the file, the first ten such
+            lines, and the fault of the first.
     """
     if not Path(path).is_file():
         raise ZebraError(
@@ -128,7 +128,7 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
             continue
         try:
             results.append(_parse(line, f"{path}:{number}"))
-        except json.JSONDecodeError as error:  # a whole file ends in a line break
+        except json.JSONDecodeError as error:  # a complete file ends in a line break
             faults[number] = "it was cut off" if number == len(lines) else str(error)
         except (ValueError, TypeError, RecursionError) as error:
             faults[number] = str(error)
@@ -159,7 +159,7 @@ def _parse(line: str, origin: str) -> Result:
 
 
 def _in_range(column: str, value: Any) -> bool:
-    """Whether a number can be one of its column: a count of 63 bits, a share, or what a float holds."""
+    """Whether a number is in the range of its column: a count of 63 bits, a share, or what a float can hold."""
     if column in ("length", "position_from", "position_to", "n"):
         return value is None or 0 <= value < 2**63
     if column == "depth":

@@ -1,4 +1,4 @@
-"""SIGTERM, as schedulers send it some time before they kill: the process ends by an exception or at a chosen moment."""
+"""SIGTERM, which schedulers send some time before they kill: end the process by an exception or at a chosen moment."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def raising_terminated() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM, so that files written aside are removed as after an interrupt."""
+    """Raise `Terminated` on SIGTERM, so that temporary files are removed as after an interrupt."""
 
     def end(*_: object) -> None:
         raise Terminated("terminated. Nothing half-written was left; the same command goes on where it can.")
@@ -34,7 +34,7 @@ def raising_terminated() -> Iterator[None]:
 
 @contextmanager
 def collected(*numbers: int) -> Iterator[list[int]]:
-    """The signals of these numbers that came, in place of their effect; none outside of the main thread."""
+    """Collect signals with these numbers in a list, in place of their effect; only in the main thread, else none."""
     received: list[int] = []
     with _handled(lambda number, _: received.append(number), *numbers):
         yield received
@@ -42,7 +42,7 @@ def collected(*numbers: int) -> Iterator[list[int]]:
 
 @contextmanager
 def _handled(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals there alone
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     before = {number: signal.signal(number, handler) for number in numbers}

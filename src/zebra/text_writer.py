@@ -1,4 +1,4 @@
-"""Tokens to text, as they come."""
+"""Decode tokens to text as they are generated."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from zebra.data.encoding import decode, decode_after
 
 
 class TextWriter(BaseStreamer):
-    """Tokens to text as they come: whole characters, with the space that the tokenizer puts between words.
+    """A streamer that decodes tokens as they are generated: whole characters, with the spaces between words.
 
-    A token's text depends on its neighbours (a leading space, bytes of one character), so a few tokens before the new
-    ones are decoded again with them, and the text beyond theirs is new. transformers' own streamer starts again after
-    each line and loses a space that may follow; that of tokenizers fails on bytes that are no UTF-8.
+    The text of a token depends on its neighbours (a leading space, bytes of one character). So a few earlier tokens are
+    decoded again with the new ones, and the text beyond theirs is new. The streamer of transformers starts afresh after
+    each line and may lose a space there; the one of tokenizers fails on bytes that are not UTF-8.
 
     Args:
-        on_text: called with each piece.
-        special: special tokens are text too.
+        on_text: called with each new piece of text.
+        special: write special tokens as text too.
     """
 
     _BEFORE, _BYTES = 8, 4
-    """Tokens decoded again; tokens that one character may take."""
+    """How many earlier tokens are decoded again, and how many tokens one character may take."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class TextWriter(BaseStreamer):
         self.text = ""
 
     def put(self, value: Tensor) -> None:
-        """The prompt first, then new tokens."""
+        """Take the prompt on the first call, and new tokens on each further call."""
         if not self._before:
             self._before = self._last(value.flatten().tolist())
             return
@@ -51,7 +51,7 @@ class TextWriter(BaseStreamer):
                 self.end()
 
     def end(self) -> None:
-        """Write what is held back."""
+        """Write the text that is held back."""
         piece = decode_after(self._tokenizer, self._before, self._new, special=self._special)
         self._before, self._new = self._last(self._before + self._new), []
         self.text += piece
@@ -59,7 +59,7 @@ class TextWriter(BaseStreamer):
             self._on_text(piece)
 
     def _last(self, tokens: list[int]) -> list[int]:
-        """A few last tokens, the first of which begins a character: some decoders spoil all bytes behind half a one."""
+        """The last few tokens, from the start of a character: some decoders garble all bytes after half a character."""
         for size in range(self._BEFORE, self._BEFORE + self._BYTES):
             if not decode(self._tokenizer, tokens[-size:], special=self._special).startswith("\ufffd"):
                 return tokens[-size:]
