@@ -1,4 +1,4 @@
-"""Which tokens of a sequence each process holds: two chunks in zig-zag order, so that all have as many keys to read.
+"""Which tokens of a sequence each process holds: two chunks in zig-zag order, which balances the work of attention.
 
     chunk      0   1   2   3   4   5   6   7       c = ceil(N / 2 P) tokens each; here P = 4
     process    0   1   2   3   3   2   1   0       r holds the chunks r and 2 P - 1 - r

@@ -24,7 +24,7 @@ from zebra.stripes import Stripes
 
 LOADING = ("dtype", "device", "trust_remote_code")
 _SELECTION_SAMPLES = 8
-"""The most sequences that layers are selected by."""
+"""The most sequences for selecting layers."""
 _SELECTION_WINDOWS = 4
 """The length of such a sequence, in windows of the stripes."""
 
@@ -35,8 +35,8 @@ class Settings:
 
     Attributes:
         text: files of the user's own text. Its windows are scored: those of documents with at least `length` tokens,
-            or of joined documents if there are none. It is also the haystack of the retrieval tasks. Its end, a quarter
-            at most, is held back for selecting layers.
+            or of joined documents if there are none. It is also the haystack of retrieval tasks, except for the pass
+            key. Its end, a quarter at most, is held back for selecting layers.
         length: tokens of a window and of a prompt.
         stripes: the layout of the methods with stripes; a selected layout has as many global layers and its window.
         windows, samples: the most windows, and the most samples of each task and depth.
@@ -64,7 +64,7 @@ class Settings:
 
 
 class ComparisonData:
-    """The windows and the retrieval samples that every method gets, and the text that layers are selected by."""
+    """The windows and the retrieval samples that every method gets, and the text for selecting layers."""
 
     def __init__(self, settings: Settings):
         self._settings = settings
@@ -82,7 +82,7 @@ class ComparisonData:
             [window.tokens(document) for window in windows_of(document, length, self.prefix) if len(window) == length]
             for document in text
         )
-        in_turns = itertools.chain.from_iterable(itertools.zip_longest(*of_documents))  # so few windows come from many
+        in_turns = itertools.chain.from_iterable(itertools.zip_longest(*of_documents))  # round-robin over documents
         self.windows = [window for window in in_turns if window is not None][: settings.windows]
         in_text, in_noise = SampleGenerator(self.tokenizer, text), SampleGenerator(self.tokenizer)
         self._generators = {task: in_text if hides_in_text(task) else in_noise for task in settings.tasks}

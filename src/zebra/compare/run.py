@@ -246,7 +246,7 @@ class _Comparison:
         return planned
 
     def _select(self) -> Stripes:
-        """Select as many global layers as the given stripes have, by the text that is held back."""
+        """Select as many global layers as the given stripes have, on the text that is held back."""
         settings, stripes = self.settings, self.settings.stripes
         count = stripes.layer_types(self.data.config.get_text_config().num_hidden_layers).count(GLOBAL)
         samples = self.data.selection_samples

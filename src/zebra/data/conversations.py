@@ -156,8 +156,8 @@ def conversations_of(fields: dict[str, Any], where: str) -> Iterator[Conversatio
     """Yield the conversations of a record that was read at `where`: one, or one for each question in `qa`.
 
     Raises:
-        RecordError: unknown fields, a field of the wrong type, an unknown role, no user message, or no answer at the
-            end.
+        RecordError: no known set of fields, a field of the wrong type, an unknown role, no user message, or no answer
+            at the end.
     """
     kind = fields.get("kind")
     if kind is not None and (not isinstance(kind, str) or not kind.strip()):

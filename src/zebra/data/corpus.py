@@ -101,7 +101,7 @@ def read_corpus(
         cache: the folder of the cache; None for the user's.
 
     Raises:
-        ZebraError: as `read_documents`; a text changes meanwhile or has no tokens, or the cache cannot be used.
+        ZebraError: as `read_documents`; the texts change meanwhile or have no tokens; the cache cannot be used.
     """
     files = find_files(patterns)
     check_formats(files, separator, field)

@@ -126,8 +126,8 @@ def read_documents(files: Sequence[Path], separator: str | None = None, field: s
         field: the field of a record, or the column of a table, that has the text; `text` if None.
 
     Raises:
-        ZebraError: as `check_formats`; a file does not match its suffix (the error names the line or row), a record has
-            no text in the field, the separator never occurs, no file has text, or an extra is not installed.
+        ZebraError: as `check_formats`; a file is damaged or not UTF-8 text, a record has no text in the field, the
+            separator never occurs, no file has text, or an extra is not installed. The error names the line or row.
     """
     _check_options(files, separator, field)
     empty, converted = True, list[Path]()

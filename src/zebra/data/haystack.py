@@ -107,7 +107,7 @@ class PromptTokenizer:
         """The most common number of tokens of keys or values of a kind.
 
         Raises:
-            ZebraError: the tokens of none of them decode to the same text.
+            ZebraError: the tokenizer can write none of them.
         """
         if kind not in self._usual_sizes:
             rng = Random(0)
@@ -203,12 +203,12 @@ def place_needles(
     needles: Sequence[TokenIds],
     distractors: Sequence[TokenIds],
 ) -> tuple[list[int], list[int]]:
-    """Make a body of exactly `size` tokens; returns it with the position of each needle.
+    """Make a body of exactly `size` tokens; returns it and the position of each needle in it.
 
         first = floor(depth (size - tokens of the needles) + 1/2)
 
     is where the first needle begins: at depth 0 the body begins with it, at depth 1 it ends with the needles. Further
-    needles follow in order, at random sentence starts behind the first. Distractors are placed on both sides at random.
+    needles follow in order, at random sentence starts after the first. Distractors are placed on both sides at random.
     A body of `min_body_tokens(needles, distractors)` tokens or more has room for all of them at any depth.
     """
     rest = size - sum(map(len, needles))

@@ -1,4 +1,4 @@
-"""A mixture of sources: each has a share of the tokens, drawn by a seed from its documents in a bucket of lengths.
+"""A mixture of sources: each has a share of the tokens, drawn with a seed from its documents in a bucket of lengths.
 
     source     share   bucket            has             gives
     long         0.6   [4096, ∞)       400 tokens      600 tokens: each document once, half of them twice

@@ -1,4 +1,4 @@
-"""Retrieval samples: questions whose answer is at a known depth of a long text, drawn by a seed, exact to the token.
+"""Retrieval samples: questions whose answer is at a known depth of a long text, drawn with a seed, exact to the token.
 
     [prefix] instruction | haystack .. [needle] .. [distractor] .. | query: a question, the beginning of its answer
     '----------------------------------- `length` tokens ---------------------------------------------------------'

@@ -84,7 +84,7 @@ class PackedSequences:
 
 
 def pack(documents: Documents, length: int, *, join: bool, seed: int) -> PackedSequences:
-    """Pack documents into sequences of `length` tokens: kept apart, or joined in an order drawn by `seed`.
+    """Pack documents into sequences of `length` tokens: kept apart, or joined in an order drawn with `seed`.
 
     When joined, the last tokens that do not fill a sequence are left out.
 

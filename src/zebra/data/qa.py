@@ -37,7 +37,7 @@ FAULTS = {
 
 
 def questions_of(fields: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
-    """The questions of a record with their reference answers: those in its list `qa`, or else its own one.
+    """The questions of a record with their reference answers: those in its list `qa`, or else its own question.
 
     Raises:
         RecordError: `qa` is not a list of objects, or a field is missing or of another type.

@@ -1,10 +1,10 @@
-"""Training documents for associative recall, drawn by a seed: they state values for keys, and query them later.
+"""Training documents for associative recall, drawn with a seed: they state values for keys, and query them later.
 
     [prefix] instruction | .. needle ... needle .. needle .. | query answer. query answer. query answer.
                          '------ text, noise or entries -----'  '---- labels: the answers only -------'
 
 The wording is that of `zebra.data.needles`. Documents are packed into sequences and do not attend to each other. At
-first they are short and repeat a few symbols. There induction heads form, which find an earlier token and copy what
+first they are short and repeat a few symbols, so that induction heads form, which find an earlier token and copy what
 followed it. Then the number of symbols grows, and then the length of the documents, with needles and queries in words.
 """
 
@@ -45,6 +45,10 @@ class Curriculum:
 
     symbols(p) = min(1, p / hold)^2                                          1 if hold is 0
     longest(p) = first (last / first) ^ clip((p - hold) / (until - hold))    clipped to 0 .. 1
+
+    Attributes:
+        first, last: tokens of the longest document at first and in the end.
+        hold, until: fractions of the training between which documents become longer.
     """
 
     first: int

@@ -38,7 +38,7 @@ class RecordError(ZebraError):
 
 @dataclass(frozen=True)
 class Record:
-    """A line of JSON Lines as bytes, or a row as a dict; `number` counts lines or rows from 1.
+    """A line of JSON Lines as bytes, or a parsed row or list item; `number` counts them from 1.
 
     Attributes:
         bytes_read: bytes of the file that were read up to the end of the record; an estimate for parquet.
@@ -107,7 +107,7 @@ def read_records(file: Path, column: str | None = None) -> Iterator[Record]:
     """Stream the records of a file.
 
     Args:
-        column: the only column of a parquet file to read, if it exists.
+        column: read only this column of a parquet file, if the file has it.
 
     Raises:
         ZebraError: no such file, another suffix, a damaged file, an extra that is not installed.

@@ -96,7 +96,7 @@ def task_sequences(
 
 
 def batches_of(sequences: Sequence[ScoredSequence], seed: int) -> list[CalibrationBatch]:
-    """Group sequences of equal length into batches. One in four, drawn by the seed, is held out; these come last."""
+    """Group sequences of equal length into batches. One in four, drawn with the seed, is held out; these come last."""
     held_out = set(Random(seed).sample(range(len(sequences)), len(sequences) // 4))
 
     def group(i: int) -> tuple[bool, int]:

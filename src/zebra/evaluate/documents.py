@@ -1,7 +1,7 @@
 """Questions about long documents, from a file: what a model answers, or how likely the reference answers are.
 
     generate     ROUGE-1, -2, -L (Lin, 2004) and SQuAD's token F1 of the greedy answer, against its best reference
-    likelihood   log-likelihood per token of the references, in nats, after the prompt and without the document
+    likelihood   log-likelihood per token of the references, in nats: after the prompt, and without the document
 
 The data are checked first (`zebra.data.qa`), since a model cannot find what is not there. A document that does not fit
 is cut in the middle.

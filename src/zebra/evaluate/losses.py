@@ -32,7 +32,7 @@ Advance = Callable[[float], None]
 
 
 class Losses:
-    """Losses of layouts on the sequences that select, and on those held out; none is measured twice.
+    """Losses of layouts on the selection sequences and on the held-out sequences; none is measured twice.
 
     Args:
         model: with attention "zebra", in evaluation mode.
@@ -40,7 +40,7 @@ class Losses:
         folder: where `losses.jsonl` is read and written; None keeps the losses in memory.
 
     Attributes:
-        candidates: the layouts that were measured on the sequences that select, in order.
+        candidates: the layouts that were measured on the selection sequences, in order.
 
     Raises:
         ZebraError: a line of the file is not a loss.
@@ -94,7 +94,7 @@ class Losses:
         return np.array([value for i in which for value in self._sums[kinds, i]]), np.array(counts, dtype=np.float64)
 
     def mean(self, kinds: str) -> float:
-        """The mean loss of a layout, in nats per token, on the sequences that select."""
+        """The mean loss of a layout on the selection sequences, in nats per token."""
         sums, counts = self.sums(kinds)
         return float(sums.sum() / counts.sum())
 

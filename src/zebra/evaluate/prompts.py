@@ -33,7 +33,7 @@ class Prompt:
         ids: its tokens.
         document: the document as the prompt has it, perhaps cut.
         document_tokens: tokens of the whole document.
-        cut: the half-open range of the document's tokens that are left out; None if it is whole.
+        cut: the half-open range of the document's tokens that are left out; None if nothing is.
     """
 
     ids: tuple[int, ...]
@@ -43,7 +43,7 @@ class Prompt:
 
 
 class Prompts:
-    """Makes prompts of examples.
+    """Builds prompts from examples.
 
     Args:
         template: has `{document}` and `{question}` once each.

@@ -24,7 +24,7 @@ def _candidates(kinds: str) -> dict[str, int]:
 
 
 def once(losses: Losses, source: str, count: int, advance: Advance = no_progress) -> str:
-    """The layout that keeps the `count` global layers whose loss as local layers is highest; in a tie, earlier ones."""
+    """Keep the `count` global layers whose loss as local layers is highest; in a tie, the earlier ones."""
     candidates = _candidates(source)
     losses.measure(source, [*candidates], advance=advance)
     needed = sorted(candidates, key=losses.mean, reverse=True)[:count]
@@ -32,7 +32,7 @@ def once(losses: Losses, source: str, count: int, advance: Advance = no_progress
 
 
 def greedy(losses: Losses, source: str, count: int, advance: Advance = no_progress) -> str:
-    """The layout with `count` global layers after layer by layer became local, each time the one with the lowest loss.
+    """Make one layer after another local, each time the one with the lowest loss, until `count` global layers are left.
 
     In a tie, the later layer becomes local.
     """
@@ -71,10 +71,10 @@ class SearchCost(NamedTuple):
     """An estimate of the forward passes of a search.
 
     Attributes:
-        rounds: each is one full pass over the sequences that select, and its candidates.
+        rounds: each is one full pass over the selection sequences, and its candidates.
         candidates: each runs only the layers from the changed one on, half a pass on average.
         passes: the cost of all rounds and candidates, in full passes over the sequences.
-        sequences, batches: the number of those that select, without the held-out ones.
+        sequences, batches: their numbers, without those held out.
     """
 
     rounds: int

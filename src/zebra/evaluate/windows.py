@@ -22,7 +22,7 @@ CONVENTIONS = ("disjoint", "strided", "truncated")
 
 @dataclass(frozen=True)
 class ScoredWindow:
-    """A window of the `text` (n,) of a document, by index, and the first of the window's tokens that is scored."""
+    """A window of the `text` (n,) of the document at an index, and the first token of the window that is scored."""
 
     document: int
     text: NDArray[np.integer]
