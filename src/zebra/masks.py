@@ -1,7 +1,7 @@
-"""Masks as predicates over two positions: may the query at `i` see the key at `j`?
+"""Attention masks as predicates: may the query at position `i` see the key at position `j`?
 
-Every function takes ints and tensors alike, so that one definition serves arithmetic, the reference kernel and the
-drawings below. In a drawing rows are queries, columns are keys, `x` is visible.
+Every function takes ints or tensors, so that arithmetic and the kernels share one definition. In the drawings rows are
+queries, columns are keys, and `x` is visible.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Position = TypeVar("Position", int, "Tensor")
 
 
 def causal(i: Position, j: Position) -> Position:
-    """A query sees itself and what came before: `j <= i`.
+    """A query sees its own key and all earlier ones: `j <= i`.
 
     x . . . .
     x x . . .
@@ -28,7 +28,7 @@ def causal(i: Position, j: Position) -> Position:
 
 
 def within(i: Position, j: Position, window: int) -> Position:
-    """A query sees the `window` newest keys, its own included: `0 <= i - j < window`. Here window = 2.
+    """A query sees the last `window` keys, its own included: `0 <= i - j < window`. Drawn for window = 2.
 
     x . . . .
     x x . . .
@@ -40,7 +40,7 @@ def within(i: Position, j: Position, window: int) -> Position:
 
 
 def sink(j: Position, first: Position | int, sinks: int) -> Position:
-    """The first `sinks` tokens of a text, which begins at `first`. Here within a window of 2, or a sink of 1.
+    """The key is one of the first `sinks` tokens of a text that begins at `first`. Drawn: a window of 2 or 1 sink.
 
     x . . . .
     x x . . .
@@ -52,7 +52,7 @@ def sink(j: Position, first: Position | int, sinks: int) -> Position:
 
 
 def same_document(query_document: Position, key_document: Position) -> Position:
-    """Packed documents never see each other. Here with `causal`, for the documents 0 0 0 1 1.
+    """Query and key are in the same packed document. Drawn with `causal`, for the documents 0 0 0 1 1.
 
     x . . . .
     x x . . .

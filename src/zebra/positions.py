@@ -1,11 +1,11 @@
-"""Self-Extend's map of distances (arXiv 2401.01325, section 3): near ones exact, far ones grouped by a floor division.
+"""Self-Extend's distances (arXiv 2401.01325, section 3): exact when near, grouped by floor division when far.
 
     relative(i, j) = i - j                                            if i - j < W     near
                    = floor(i / G) - floor(j / G) + W - floor(W / G)   otherwise        far
 
-A model trained at L tokens then meets no distance of L or more up to a text of `reach` tokens. Positions
-count the real tokens of a sequence, without padding. Every function takes ints and tensors alike. The paper's figure, a
-model of L = 7 that reads ten tokens with W = 4 and G = 2; rows are queries, columns keys, a bar parts far from near:
+In a text of up to `reach` tokens, a model trained at L tokens then sees no distance of L or more. Positions count the
+real tokens of a sequence, without padding. The paper's figure shows a model with L = 7 that reads ten tokens with W = 4
+and G = 2. Rows are queries, columns are keys, and a bar separates far keys from near ones:
 
     i = 3        3 2 1 0
     i = 4    4 | 3 2 1 0
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Types of rope whose frequencies change with the text's length."""
+"""The rope types whose frequencies change with the length of the text."""
 
 LARGEST_FACTOR = 1e12
-"""Of a rope; a larger one is a mistake."""
+"""A larger factor of a rope is taken for a mistake."""
 
 Position = TypeVar("Position", int, "Tensor")
 """An int, or an integer tensor that broadcasts against the other positions."""
 
 
 def relative(i: Position, j: Position, group: int, window: int) -> Position:
-    """The distance that the model sees between a query at `i` and a key at `j <= i`."""
+    """The distance that the model sees between a query at `i` and a key at `j <= i`; ints or tensors."""
     far = grouped_query(i, group, window) - grouped_key(j, group)
     near = i - j < window
-    return near * (i - j) + (1 - near * 1) * far  # not `where`, which ints do not have
+    return near * (i - j) + (1 - near * 1) * far  # not torch.where, which takes no ints
 
 
 def grouped_query(i: Position, group: int, window: int) -> Position:
-    """The position of a query towards its far keys: floor(i / G) + W - floor(W / G)."""
+    """The position at which a query attends to its far keys: floor(i / G) + W - floor(W / G)."""
     return i // group + window - window // group
 
 
 def grouped_key(j: Position, group: int) -> Position:
-    """The position of a key towards queries far from it: floor(j / G)."""
+    """The position of a key for the queries far from it: floor(j / G)."""
     return j // group
 
 
 @dataclass(frozen=True)
 class SelfExtend:
-    """Self-Extend's setting: groups of `group` tokens share a position beyond a neighbour window of `window`.
+    """The settings of Self-Extend: beyond a neighbour window, each group of `group` tokens shares one position.
 
     Attributes:
         group: G; 1 changes nothing.
@@ -66,7 +66,7 @@ class SelfExtend:
         log_scale: multiply the query at position p by max(1, ln(p + 1) / ln L), as the authors did for long passkeys.
 
     Raises:
-        ZebraError: a group or a window below 1.
+        ZebraError: a group or window that is no whole number from 1 to 2^31 - 1.
 
     Example:
         >>> SelfExtend.parse("8:1024").reach(4096)
@@ -87,10 +87,10 @@ class SelfExtend:
 
     @classmethod
     def parse(cls, text: str, trained: int | None = None) -> SelfExtend:
-        """Read the notation that `str()` prints, `G:W` or `G:W:log`; `auto:TARGET` needs `trained`, the trained length.
+        """Parse `G:W` or `G:W:log`, as `str()` prints it, or `auto:TARGET`, which needs the trained length `trained`.
 
         Raises:
-            ZebraError: another notation; a target that `suggest` rejects.
+            ZebraError: a string in another notation; a target that `suggest` rejects.
         """
         match = re.fullmatch(r"\s*(?:(auto)|([0-9]{1,10}))\s*:\s*([0-9]{1,10})\s*(:\s*log)?\s*", str(text))
         if match is None or (match[1] and (trained is None or match[4])):
@@ -106,17 +106,17 @@ class SelfExtend:
         return f"{self.group}:{self.window}" + (":log" if self.log_scale else "")
 
     def reach(self, trained: int) -> int:
-        """The longest text of a model trained at L tokens: the largest whose every mapped distance is below L.
+        """The longest text in which a model trained at L tokens sees only distances below L.
 
-        G (L - W + floor(W / G)), which is (L - W) G + W where G divides W.
+        G (L - W + floor(W / G)), which is (L - W) G + W where G divides W; L itself for G = 1.
         """
         return trained if self.group == 1 else self.group * (trained - self.window + self.window // self.group)
 
     def check(self, trained: int) -> None:
-        """Check that the window leaves a model trained at `trained` tokens something for the far part.
+        """Check that the window is below the trained length, so that distances are left for the far keys.
 
         Raises:
-            ZebraError: W at or beyond the trained length.
+            ZebraError: it is not.
         """
         if self.window >= trained:
             raise ZebraError(
@@ -125,19 +125,19 @@ class SelfExtend:
             )
 
     def query_scale(self, positions: Tensor, trained: int) -> Tensor:
-        """max(1, ln(p + 1) / ln L) at each position p, in float64 and the shape of `positions`; for `log_scale`."""
+        """The factor of `log_scale`, max(1, ln(p + 1) / ln L), at each position p: float64, shaped like `positions`."""
         return ((positions + 1).double().log() / math.log(trained)).clamp(min=1.0)
 
 
 def suggest(trained: int, target: int) -> SelfExtend:
-    """The setting that reads `target` tokens with a model trained at `trained`, by the authors' sizing rule.
+    """The settings with which a model trained at L = `trained` tokens reads N = `target`, by the authors' sizing rule.
 
-    W is a quarter of the trained length L, and G the smallest power of two with W + (N - W) / G <= L / 2: the authors
-    keep this largest distance below one half to two thirds of L, as farther ones are trained less, and often find a
-    larger group better. For L = 4,096 it gives their own settings: 16:1024 at 16K, 32:1024 at 25K.
+    W is a quarter of L, and G >= 2 is the smallest power of two with W + (N - W) / G <= L / 2. The authors keep this
+    largest distance below one half to two thirds of L, because larger ones are trained less, and often find a larger
+    group better. For L = 4,096 the rule gives their own settings: 16:1024 at 16K, 32:1024 at 25K.
 
     Raises:
-        ZebraError: a target within the trained length, a trained length below 8.
+        ZebraError: a trained length below 8; a target that is not longer than it, or not below 2^31.
     """
     if trained < 8:
         raise ZebraError(
@@ -154,32 +154,32 @@ def suggest(trained: int, target: int) -> SelfExtend:
 
 
 def ropes_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parameters of each rope of a config's fields: one, or one for each kind of layer; older configs' too."""
+    """The rope parameters in a config's fields, older names included: one dict, or one for each kind of layer."""
     parameters = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     return [one for one in parameters.values() if isinstance(one, dict)] or [parameters]
 
 
 def rope_type(parameters: Mapping[str, Any]) -> str:
-    """The type of a rope, by its name of today."""
+    """The type of a rope, by its current name."""
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     return "longrope" if kind == "su" else kind
 
 
 def reach_of(longest: int, fields: Mapping[str, Any]) -> int:
-    """The longest text that a model was made for, by all fields of its config that say so.
+    """The longest text that a model was made for, from all fields of its config that say so.
 
-    With M = max_position_embeddings, and a rope's factor f and original_max_position_embeddings L, M where absent:
+    With M = max_position_embeddings, and the rope's factor f and original_max_position_embeddings L (M where absent):
 
-        yarn                max(M, f L)         Qwen's instruction leaves M at L; of DeepSeek and gpt-oss M = f L
-        llama3, longrope    M if M > L else f L     of Llama 3.2 and Phi-3 M is the length, and f is no ratio of lengths
+        yarn                max(M, f L)         Qwen's instructions leave M at L; in DeepSeek and gpt-oss M = f L
+        llama3, longrope    M if M > L else f L     in Llama 3.2 and Phi-3 M is the length, f is no ratio of lengths
         dynamic             f M
-        any other           M, or Vicuna's max_sequence_length    of Gemma 3 M holds the linear factor already
+        any other           M                   in Gemma 3 M already includes the linear factor
 
-    Several ropes, one for each kind of layer, reach as far as the one that reaches farthest.
+    The largest of these over all ropes counts, and Vicuna's max_sequence_length where it is larger still.
 
     Args:
         longest: M.
-        fields: of the config, which may have older names.
+        fields: the config's fields, which may have older names.
     """
     reaches = [longest, fields.get("max_sequence_length") or 0]
     for rope in ropes_of(fields):
@@ -193,10 +193,11 @@ def reach_of(longest: int, fields: Mapping[str, Any]) -> int:
 
 
 def check_rotatable_rope(family: str, kind: str | None) -> None:
-    """Check that a model's positions can be rotated again; `zebra.load` and `zebra plan` share the message.
+    """Check that Self-Extend can rotate a model's queries and keys again; `zebra.load` and `zebra plan` share it.
 
     Args:
-        kind: the `rope_type` of its config, None where its positions are no rotary embedding.
+        family: the model's `model_type`, for the message.
+        kind: the `rope_type` of its config; None for a model without rotary embeddings.
 
     Raises:
         ZebraError: no rope, dynamic NTK, longrope.

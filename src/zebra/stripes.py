@@ -1,10 +1,10 @@
-"""Stripes: which layers use full attention, which sliding-window attention (Zebra, arXiv 2312.08618, section 3).
+"""Stripes: which layers use full attention and which a sliding window (Zebra, arXiv 2312.08618, section 3).
 
-A layout is data, never code. One short notation serves recipes, the command line, results and file names.
+Recipes, the command line, results and file names share one short notation.
 
     GLLL:512          a pattern tiled over the depth: G attends globally, L to a window of 512 keys
-    0,4,9,31:1024     the global layers listed; all the others attend to 1,024 keys
-    GLLL:512+4        local layers also see the first 4 tokens of a text: its sinks (arXiv 2309.17453)
+    0,4,9,31:1024     a list of the global layers; all others attend to a window of 1,024 keys
+    GLLL:512+4        local layers also see the first 4 tokens of a text, its attention sinks (arXiv 2309.17453)
 
 The window counts the keys that a query sees, its own included: `0 <= i - j < window`.
 """
@@ -31,15 +31,14 @@ class Stripes:
         window: keys that a query of a local layer sees, its own included.
         pattern: letters G and L, or None.
         global_layers: indices counted from 0, or None. Exactly one of the two is set.
-        sinks: first tokens of a text that local layers see besides the window; config.json has no key for them, so
-            `zebra.json` holds them.
+        sinks: number of first tokens of a text that local layers see besides the window. config.json has no field for
+            them, so they are stored in `zebra.json`.
 
-    A subclass may have other kinds of layers besides: it overrides `layer_types`, `pairs`, `extra_saved_bytes` and
-    `orders`.
+    A subclass may add other kinds of layers: it overrides `layer_types`, `pairs`, `extra_saved_bytes` and `orders`.
 
     Raises:
-        ZebraError: window below 1, sinks below 0, an empty pattern or list, a letter that is neither G nor L, a
-            repeated or negative layer. `layer_types`, which knows the depth, rejects a layer beyond it.
+        ZebraError: a window below 1 or sinks below 0, or either from 2^31; an empty pattern or list; a letter that is
+            neither G nor L; a repeated or negative layer. `layer_types` rejects a layer beyond the depth.
 
     Example:
         >>> Stripes.parse("GLLL:512").layer_types(5)[3:]
@@ -47,7 +46,7 @@ class Stripes:
     """
 
     orders: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """The time and the memory of a layer of each other kind than global and local, such as `("N w", "w")`."""
+    """For each kind of layer besides global and local: its order of time and of memory, such as `("N w", "w")`."""
 
     window: int
     pattern: str | None = None
@@ -91,7 +90,7 @@ class Stripes:
 
     @classmethod
     def grouped(cls, *, stride: int, window: int) -> Stripes:
-        """The paper's layout: layer `i` is global iff `i % stride == 0`, so each group begins with its global layer."""
+        """The paper's layout: layer `i` is global iff `i % stride == 0`, so each group starts with its global layer."""
         if not _is_int(stride) or stride < 1:
             raise ZebraError(
                 f"the stride is the number of layers in a group, at least 1; got {stride!r}. "
@@ -101,8 +100,8 @@ class Stripes:
 
     @classmethod
     def parse(cls, text: str) -> Stripes:
-        """Read the notation that `str()` prints: `GLLL:512`, `0,4,9,31:1024`, `GLLL:512+4`."""
-        number = "[0-9]{1,100}"  # int() takes no thousands of digits
+        """Parse the notation that `str()` prints: `GLLL:512`, `0,4,9,31:1024`, `GLLL:512+4`."""
+        number = "[0-9]{1,100}"  # int() rejects thousands of digits
         layers_of = rf"\s*(?:([A-Za-z]+)|({number}(?:\s*,\s*{number})*))\s*"
         match = re.fullmatch(rf"{layers_of}:\s*(-?{number})\s*(?:\+\s*({number})\s*)?", str(text))
         if match is None:
@@ -117,7 +116,7 @@ class Stripes:
 
     @classmethod
     def of(cls, layer_types: Sequence[str], window: int, sinks: int = 0) -> Stripes:
-        """The layout with these layer types: a pattern where one repeats or is the paper's, else a list of layers."""
+        """The layout with these layer types: a pattern if one repeats or is the paper's, else the global layers."""
         if isinstance(layer_types, str):
             raise ZebraError(
                 f"layer types are a list, one for each layer; got {layer_types!r}. Parse it as {layer_types}:{window}."
@@ -132,7 +131,7 @@ class Stripes:
         return cls(window=window, global_layers=global_layers, sinks=sinks)
 
     def layer_types(self, n: int) -> tuple[str, ...]:
-        """The kind of each of `n` layers, as `config.layer_types` holds them."""
+        """The kind of each of `n` layers, as in `config.layer_types`."""
         if n < 1:
             raise ZebraError(f"a model has at least one layer; got {n}. Check num_hidden_layers in its config.json.")
         if self.pattern is not None:
@@ -146,17 +145,17 @@ class Stripes:
         return tuple(GLOBAL if i in layers else LOCAL for i in range(n))
 
     def pairs(self, kind: str, length: int) -> int:
-        """The (query, key) pairs that one layer of a kind computes over a text of `length` tokens."""
+        """The number of (query, key) pairs that one layer of a kind computes over a text of `length` tokens."""
         return visible_pairs(length, self.window, self.sinks) if kind == LOCAL else visible_pairs(length)
 
     def extra_saved_bytes(
         self, kind: str, length: int, *, heads: int, query_width: int, kv_width: int, half: bool
     ) -> int:
-        """Bytes that autograd keeps of one sequence in a layer of a kind, beyond those of a global or local layer.
+        """Bytes that autograd saves for one sequence in a layer of another kind, beyond those of a global or local one.
 
         Args:
-            query_width: heads times head dimension; kv_width: key-value heads times head dimension.
-            half: whether the products are computed in bfloat16.
+            query_width, kv_width: (key-value) heads times head dimension.
+            half: whether matrix products are computed in bfloat16.
         """
         return 0
 
@@ -175,12 +174,12 @@ def layer_letters(layer_types: Iterable[str]) -> str:
 
 
 def visible_pairs(length: int, window: int | None = None, sinks: int = 0) -> int:
-    """How many (query, key) pairs a causal layer computes over `length` tokens, with or without a window.
+    """The number of (query, key) pairs that a causal layer computes over `length` tokens, with or without a window.
 
         sum over i of min(i + 1, window)  =  w (w + 1) / 2 + (N - w) w,    w = min(window, N)
 
-    Each query from w on also sees the sinks that its window no longer covers, min(i - w + 1, s): the sum of a window
-    of s over the N - w last queries. Global: `window=None`, N (N + 1) / 2.
+    Each query i >= w also sees the min(i - w + 1, s) sinks that its window no longer covers. Their sum is that of a
+    window of s over N - w tokens. A global layer (`window=None`) has N (N + 1) / 2.
     """
     w = length if window is None else min(window, length)
     band = w * (w + 1) // 2 + (length - w) * w
