@@ -1,11 +1,11 @@
 """Attention kernels behind one signature: `attend(q, k, v, mask, ...) -> (out, lse)`.
 
-The table `KERNELS` is tried in order; each kernel declines a request with a reason, and the first that accepts
-computes it, or a later one that it names as faster. The formula itself is `reference`, the oracle of the others.
+The kernels of the table `KERNELS` are tried in order. The first that does not decline the request runs, or a later one
+that it names as faster. `reference` is the plain formula, the oracle for the others.
 
 Shapes, everywhere: B batch, H query heads, K key-value heads (H a multiple of K), T queries, S keys, D head dimension.
-The T queries are the *last* T of the S keys: query `t` stands at key index `S - T + t`. So one signature serves
-training (T = S), chunked prefill (1 < T < S) and decode (T = 1).
+The T queries are the *last* T of the S keys: query `t` is at key index `S - T + t`. So one signature serves training
+(T = S), chunked prefill (1 < T < S) and decoding (T = 1).
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 
 @contextlib.contextmanager
 def only(name: str) -> Iterator[None]:
-    """Within this context the named kernel serves every request, or the request is an error: for tests and benches."""
+    """Within this context serve every request by one kernel; what it declines is an error. For tests and benchmarks.
+
+    Raises:
+        ValueError: there is no kernel of this name.
+    """
     names = [kernel.name for kernel in KERNELS]
     if name not in names:
         raise ValueError(f"there is no kernel {name!r}. Choose one of {names}.")
@@ -52,7 +56,7 @@ def only(name: str) -> Iterator[None]:
 
 
 def find(request: Request) -> tuple[Kernel | None, dict[str, str]]:
-    """The kernel that serves the request, None where all decline; and why each kernel before it declines."""
+    """Find the kernel that serves a request, None where all decline, and why each kernel before it declines."""
     forced = _only.get()
     kernels = {kernel.name: kernel for kernel in KERNELS if forced in (None, kernel.name)}
     reasons: dict[str, str] = {}
@@ -66,13 +70,13 @@ def find(request: Request) -> tuple[Kernel | None, dict[str, str]]:
 
 
 def choose(request: Request) -> Kernel:
-    """The kernel that serves the request.
+    """Find the kernel that serves a request.
 
-    Where a kernel for the request's device declines, or only the dense formula is left, a log line gives the reason,
-    once for each one.
+    A warning is logged, once for each message, if only the dense formula is left, or if a kernel that is made for this
+    device and these sizes declines.
 
     Raises:
-        NotImplementedError: all decline; the message holds each one's reason.
+        NotImplementedError: all decline; the message has each one's reason.
     """
     kernel, reasons = find(request)
     lines = {name: f"{name}: {reason}" for name, reason in reasons.items()}
@@ -101,32 +105,33 @@ def attend(
     with_lse: bool = True,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention of T queries over S keys under a mask, by the fastest kernel that can.
+    """Softmax attention of T queries over S keys under a mask, by the fastest kernel that supports it.
 
-        s_ij = scale * <q_i, k_j>,   s_ij = softcap * tanh(s_ij / softcap) where a softcap is given
-        s_ij - m_h (i - j) where slopes m are given (ALiBi, arXiv 2108.12409)
+        s_ij = scale * <q_i, k_j>,   then softcap * tanh(s_ij / softcap) where a softcap is given,
+        then s_ij - m_h (i - j) where slopes m are given (ALiBi, arXiv 2108.12409)
         lse_i = log(sum over visible j of exp(s_ij)),   out_i = sum over visible j of exp(s_ij - lse_i) v_j
 
     Args:
         q: (B, H, T, D), the queries.
         k: (B, K, S, D), the keys.
-        v: (B, K, S, D), the values; another head size than that of the keys is left as it is.
-        mask: which keys a query sees besides being causal; None is plain causal.
+        v: (B, K, S, D), the values; their head size D may differ from that of the keys.
+        mask: what restricts a causal query further; None is plain causal attention.
         scale: D ** -0.5 where None.
-        slopes: (H,), of ALiBi.
-        with_lse: return the log-sum-exp; without it kernels that give none may serve.
+        slopes: (H,), ALiBi's slope of each head.
+        with_lse: return the log-sum-exp; without it, kernels that do not compute one may serve too.
         arguments: any others. A kernel declines those that it does not know, unless they are None.
 
     Returns:
-        out: (B, H, T, D) in the dtype of the inputs, D that of the values. lse: (B, H, T), natural logarithm, in at
+        out: (B, H, T, D) in the dtype of the inputs, with D of the values. lse: (B, H, T), natural logarithm, in at
         least float32, None without `with_lse`. A query that sees no key has out 0 and lse -inf.
 
-        Hidden keys and values change neither the output nor the gradient of a query, as long as they are finite. NaN
-        and infinity may reach every query: the formula gives what is hidden the weight 0, and 0 * NaN is NaN. Only keys
-        that lie beyond the window of all queries are never read.
+        Masked keys and values change neither the output nor the gradient of a query, as long as they are finite. A
+        masked NaN or infinity may reach every query: the formula gives it the weight 0, and 0 * NaN is NaN. Without
+        sinks, keys that are outside the window of all queries are never read.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together; a scale or softcap that is no such number.
+        ValueError: shapes, dtypes or devices that do not fit together; a scale that is not finite, or a softcap that is
+            not positive and finite.
         NotImplementedError: no kernel can serve the request.
     """
     mask = mask or Mask()
@@ -151,7 +156,7 @@ def attend(
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as torch's autocast would cast them for attention, if it is on."""
+    """Cast the tensors as torch's autocast would for attention, if it is on."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -172,15 +177,15 @@ def gradients(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v from what `attend` returned, whichever kernel ran; outside of autograd.
+    """Compute the gradients of q, k and v from what `attend` returned, by whichever kernel; outside autograd.
 
     Args:
-        q, k, v, mask, scale, softcap: as `attend` had them.
-        out, lse: as it returned them.
-        grad_out, grad_lse: their gradients.
+        q, k, v, mask, scale, softcap: the arguments of `attend`.
+        out, lse: what it returned.
+        grad_out, grad_lse: the gradients of these.
 
     Raises:
-        NotImplementedError: all kernels that have a backward of their own decline the request.
+        NotImplementedError: every kernel with a backward of its own declines the request.
     """
     keys = k.shape[2]
     k, v, mask = _trim(q, k, v, mask)

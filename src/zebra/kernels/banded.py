@@ -7,11 +7,11 @@ For a tile with the queries q and each part (k, v) of its keys, all in a core's 
     backward    p = 2^(q k^T - lse);   dv += p^T do;   ds = p (do v^T - rowsum(do out) + dlse)
                 dq += ds k;   dk += ds^T q
 
-(FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2.) The backward is written by hand and saves q, k, v, out and lse
-alone. Exponentials are in base 2, about four times faster on a CPU; the heads of a query group are rows of one product
-over the same keys. Scores are in float32 or wider. With 16 bits the other products are rounded to 16 bits, do v^T among
-them: dq and dk then have 1.6 times the error of kernel `native`'s. All intermediate tensors lie in a few buffers that
-tiles share: on a CPU fresh memory costs more than the arithmetic on it.
+(FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2.) The backward is written by hand and saves only q, k, v, out
+and lse. Exponentials are in base 2, about four times faster on a CPU. The query heads of a group are rows of one matrix
+product over the same keys. Scores are in float32 or wider. With 16-bit inputs the other products are rounded to 16
+bits, do v^T too, so that dq and dk have 1.6 times the error of kernel `native`. Tiles share a few buffers for all
+intermediate tensors: on a CPU, fresh memory costs more than the arithmetic on it.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from zebra.kernels.tiles import COLUMNS, Tile, Tiles
 
 _LOG2E = math.log2(math.e)
 _BLOCKS = (64, 128, 256)
-"""Queries of a tile: fewer compute fewer hidden keys, more make faster products."""
+"""Queries in a tile: with fewer, fewer masked scores are computed; with more, the products are faster."""
 _PART = 2048
-"""Keys of a tile at a time."""
+"""Keys of a tile that are computed at a time, at most."""
 _SCORES_AT_ONCE = 1 << 20
-"""Scores computed at a time on a CPU: fewer cost more calls, more leave its caches."""
+"""Scores computed at a time on a CPU: with fewer there are more calls, and more do not fit its caches."""
 _SPAN = 1024
-"""Queries whose vectors are gathered at a time."""
+"""Queries whose vectors are gathered into rows at a time."""
 
 
 class _Walk:
-    """The order of work: the heads that go together, the spans of tiles over them, and the buffers that all share."""
+    """The order of the work: which heads are computed together, in which spans of tiles, and the shared buffers."""
 
     def __init__(self, q: Tensor, k: Tensor, mask: Mask, slopes: Tensor | None):
         self.q, self.wide = q, torch.promote_types(q.dtype, torch.float32)
@@ -64,14 +64,14 @@ class _Walk:
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def head_slices(self) -> Iterator[tuple[int, slice, slice]]:
-        """A batch entry, the key-value heads that go together, and their query heads."""
+        """Yield a batch entry, the key-value heads that are computed together, and their query heads."""
         for entry in range(self.q.shape[0]):
             for index in range(self.head_groups):
                 first, last = (self.heads * edge // self.head_groups for edge in (index, index + 1))
                 yield entry, slice(first, last), slice(first * self.group, last * self.group)
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Uninitialised memory of this shape, shared by all who use the name."""
+        """Uninitialised memory of this shape, shared by all uses of the name."""
         view = self._views.get((name, shape))
         if view is None:
             size, flat = math.prod(shape), self._buffers.get(name)
@@ -94,14 +94,14 @@ class _Walk:
         states.copy_(rows.view(states.shape))
 
     def narrowed(self, weights: Tensor) -> Tensor:
-        """The weights (heads, g * n, m) in the inputs' dtype, for the products with values and keys."""
+        """The weights (heads, g * n, m) in the dtype of the inputs, for the products with values and keys."""
         if self.q.dtype == self.wide:
             return weights
         return self.buffer("narrow", *weights.shape, dtype=self.q.dtype).copy_(weights)
 
     def across(self, name: str, states: Tensor, dtype: torch.dtype) -> Tensor:
         """Keys or values (heads, m, D) as the transposed side of a product: (heads, D, m)."""
-        if self.compact or states.dtype != dtype:  # oneDNN copies what is not compact, and slowly
+        if self.compact or states.dtype != dtype:  # oneDNN copies what is not contiguous, slowly
             states = self.buffer(name, *states.shape, dtype=dtype).copy_(states)
         return states.mT
 
@@ -132,8 +132,9 @@ class _Walk:
 
 
 def _reduced_float32() -> bool:
-    """Whether torch may compute float32 products by other instructions; torch refuses to say where it was set by the
-    newer `torch.backends...fp32_precision`.
+    """Whether torch may compute float32 products in a lower precision; True if torch cannot tell.
+
+    It cannot where that was set by the newer `torch.backends...fp32_precision`.
     """
     try:
         return torch.get_float32_matmul_precision() != "highest"
@@ -150,9 +151,9 @@ def _by_tile(states: Tensor, group: int, tiles: int) -> Tensor:
 
 
 class _Sum:
-    """A gradient of keys or values (heads, S, D), summed over tiles in the wide dtype where they stand, then written.
+    """A gradient of keys or values (heads, S, D), summed over tiles in a sliding wide buffer, then written.
 
-    No span reads keys before those of the span before it, so the sums of earlier keys are complete.
+    No span reads keys before the first key of the previous span, so the sums of earlier keys are complete.
     """
 
     def __init__(self, walk: _Walk, name: str, into: Tensor):
@@ -213,7 +214,7 @@ class _Banded(torch.autograd.Function):
 def _gradients(
     request: Request, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Under a softcap c, ds takes the factor 1 - (s / c)^2, as s = c tanh(scale q k^T / c)."""
+    """Compute dq, dk, dv. Under a softcap c, ds has the factor 1 - (s / c)^2, as s = c tanh(scale q k^T / c)."""
     q, k, v = request.q, request.k, request.v
     walk = _Walk(q, k, request.mask, request.slopes)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
@@ -243,7 +244,7 @@ def _gradients(
 def _tile(
     walk: _Walk, tile: Tile, heads: slice, k: Tensor, v: Tensor, columns: list[Tensor], softcap: float | None
 ) -> None:
-    """Fill in a tile's sum of weighted values (heads, g * n, D), its sum of weights and its peak (heads, g * n, 1).
+    """Fill in a tile's sum of weighted values (heads, g * n, D), and each row's sum of weights and peak score (.., 1).
 
     k, v: (heads, S, D). columns: the tile's rows of queries (heads, g * n, D), and the three outputs.
     """
@@ -257,7 +258,7 @@ def _tile(
         seen = slice(part.lo, part.hi)
         scores = walk.scores(rows, k[:, seen], softcap)
         walk.hide(scores, part, heads)
-        # A row without a visible key has only -inf: the floor keeps it out of inf - inf, its sum stays 0.
+        # A row without a visible key is all -inf. The lower bound avoids inf - inf, and its sum stays 0.
         if part.lo == tile.lo:
             torch.amax(scores, dim=-1, keepdim=True, out=peak).clamp_(min=lowest)
             torch.sum(scores.sub_(peak).exp2_(), dim=-1, keepdim=True, out=total)
@@ -273,7 +274,7 @@ def _tile(
 def _tile_backward(
     walk: _Walk, tile: Tile, heads: slice, start: int, sides: list[Tensor], columns: list[Tensor], request: Request
 ) -> None:
-    """Fill in dq of a tile, wide and before the scale; add dk and dv to their sums.
+    """Fill in a tile's dq, in the wide dtype and before the scale; add its dk and dv to their sums.
 
     sides: k, v and the sums of dk and dv, each (heads, keys of the span, D) from the key `start` on.
     columns: q, do and dq (heads, g * n, D), delta and peak (heads, g * n, 1).
@@ -300,7 +301,7 @@ def _tile_backward(
 
 
 def banded(request: Request) -> tuple[Tensor, Tensor | None]:
-    """Run the tiles outside autocast, which would cast the float32 scores down: out (B, H, T, D), lse (B, H, T)."""
+    """Run the tiles without autocast, which would round the float32 scores: out (B, H, T, D), lse (B, H, T)."""
     inputs = request.q, request.k, request.v
     with torch.autocast(request.q.device.type, enabled=False):
         out, lse = _Banded.apply(*inputs, request.mask, request.scale, request.softcap, request.slopes)

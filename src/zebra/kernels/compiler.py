@@ -1,4 +1,4 @@
-"""Compile a C++ source file to a library for this machine's CPU, once, into the user's cache."""
+"""Compile a C++ source file to a shared library for this machine's CPU, once, into the user's cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Unbuilt(Exception):
 
 @functools.cache
 def cpu_flags() -> frozenset[str]:
-    """The CPU's instruction sets by /proc/cpuinfo; empty where there is no such file, or no such line in it."""
+    """The CPU's instruction sets from /proc/cpuinfo; empty without that file, or without such a line in it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -46,12 +46,12 @@ def cpu_flags() -> frozenset[str]:
 
 
 def library(source: Path, *options: str) -> ctypes.CDLL:
-    """The source, compiled with `OPTIONS` and others, as a library, from the cache or compiled into it.
+    """Load a source file as a library, compiled with `OPTIONS` and `options`; from the cache if it is there.
 
-    Its name there is a hash of the source, the headers beside it, compiler, options and CPU, as home folders may be
-    shared between machines. The file ends in the SHA-256 of what precedes it, so that a damaged file is compiled again
-    and never loaded. Files that others could have written are not loaded either: where others can write into the cache,
-    the library lives in a private temporary folder until the process ends.
+    Its name there is a hash of the source, the headers beside it, compiler, options and CPU, because machines may share
+    a home folder. The file ends in the SHA-256 of what precedes it, so that a damaged file is compiled again and never
+    loaded. Nor is a file that others could have written: where others can write into the cache, the library is in a
+    private temporary folder until the process ends.
 
     Raises:
         Unbuilt: no compiler, a failed compilation, or a library that cannot be stored or loaded.
@@ -84,7 +84,7 @@ def _compile(source: Path, path: Path, command: list[str]) -> None:
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether a file is this user's, and ends in the SHA-256 of what precedes it."""
+    """Whether a file belongs to this user, and ends in the SHA-256 of what precedes it."""
     if not path.is_file() or path.is_symlink() or path.stat().st_uid != os.getuid():
         return False
     content = path.read_bytes()
@@ -92,7 +92,7 @@ def _is_intact(path: Path) -> bool:
 
 
 def _private_folder() -> Path:
-    """The user's cache, where nobody else can write into it or replace it, else a temporary folder of this process."""
+    """The user's cache if nobody else can write into it or replace it, else a temporary folder of this process."""
     folder = user_cache_dir("kernels")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     resolved = folder.resolve()
@@ -100,9 +100,9 @@ def _private_folder() -> Path:
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether a folder is this user's or root's, and others cannot write into it, or only add to it (the sticky bit).
+    """Whether a folder is this user's or root's, and others cannot write into it, or only add to it (sticky bit).
 
-    A group with the user's own number is the user's alone, by convention.
+    A group whose number is the user's is taken for the user's private group, by convention.
     """
     status = folder.stat()
     by_others = status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and status.st_gid != status.st_uid)

@@ -3,13 +3,13 @@
     keys ->   S = 10, blocks of 2        # full: every query of the block sees every key; no mask is read
     queries   # / . . .                  / partial: the mask is applied inside the kernel
               # # / . .                  . neither computed nor read
-              . # # / .      each block's kind follows from the first and last key that its queries see,
-              . . # # /      and from a running count of the real keys: no N x N mask is built
+              . # # / .      a block's kind follows from the first and last key that its queries see, and
+              . . # # /      from a running count of the real keys: no N x N mask is built
 
-Query i sees the real keys of one run, [first_i, end_i) (`Mask.key_ranges`); neither end ever falls, so a block's bounds
-are those of its corner queries.
+Query i sees the real keys of one run, [first_i, end_i) (`Mask.key_ranges`). Neither bound decreases, so the bounds of a
+block are those of its first and last query.
 
-Its mask and scores are tested on a CPU, by torch's own dense form of it. It has not yet been run on a GPU.
+Its mask and scores are tested on a CPU, in torch's dense form of flex_attention. It has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
-"""Queries and keys of a block."""
+"""Queries, and keys, of a block."""
 
 
 def blocks(first: Tensor, end: Tensor, real: Tensor | None, keys: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Which blocks of (query, key) are partial and which are full, two bool (1 or B, query blocks, key blocks).
+    """Which blocks of (query, key) are partial, and which are full: two bool (1 or B, query blocks, key blocks).
 
     Args:
         first: (1 or B, T), the first key that each query sees.
-        end: (1 or B, T), the key behind the last that it sees.
+        end: (1 or B, T), one past the last key that it sees.
         real: (B, S) bool, None where there is no padding.
     """
     queries, device = first.shape[1], first.device
@@ -43,7 +43,7 @@ def blocks(first: Tensor, end: Tensor, real: Tensor | None, keys: int, block: in
     bottom = (top + block).clamp(max=queries) - 1
     left = torch.arange(0, keys, block, device=device)  # likewise of the keys, exclusive at the end
     right = (left + block).clamp(max=keys)
-    # From the least that any query of the block sees to the most: [first of the top one, end of the bottom one).
+    # All that any query of the block sees: from the first key of the top one to the end of the bottom one.
     low = torch.maximum(first[:, top, None], left)
     high = torch.minimum(end[:, bottom, None], right)
     inside = (left >= first[:, bottom, None]) & (right <= end[:, top, None])
@@ -59,7 +59,7 @@ def blocks(first: Tensor, end: Tensor, real: Tensor | None, keys: int, block: in
 
 
 def block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> BlockMask:
-    """torch's BlockMask of a mask over T queries and S keys, with the mask function that partial blocks need."""
+    """torch's BlockMask for a mask over T queries and S keys, with the mask function that partial blocks need."""
     from torch.nn.attention.flex_attention import BlockMask
 
     first, end = mask.key_ranges(queries, keys, device)
@@ -67,7 +67,7 @@ def block_mask(mask: Mask, batch: int, queries: int, keys: int, device: torch.de
     partial, full = (x.expand(batch, -1, -1)[:, None].to(torch.int32) for x in blocks(first, end, real, keys))
     first, end = (x.expand(batch, -1).to(torch.int32).contiguous() for x in (first, end))
 
-    # Only tensors are captured: a number would be a new compilation for each window and each length of the past.
+    # Only tensors are captured: a Python number would need a new compilation for each window and past length.
     def sees(b: Tensor, h: Tensor, q: Tensor, j: Tensor) -> Tensor:
         return (j >= first[b, q]) & (j < end[b, q])
 
@@ -91,9 +91,9 @@ MAX_COMPILATIONS = 64
 
 @functools.cache
 def _compiled() -> Any:
-    """Compiled for all lengths and windows at once; anew for another dtype, head count, or part of a mask.
+    """flex_attention, compiled once for all lengths and windows, and again for another dtype, head count or mask part.
 
-    Beyond torch's own limit of eight compilations it would silently run dense; here the limit is higher, and an error.
+    Beyond its limit of eight compilations torch would silently run it dense. Here the limit is higher, and an error.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -109,7 +109,7 @@ def _compiled() -> Any:
 def flex(request: Request) -> tuple[Tensor, Tensor | None]:
     """flex_attention under the block mask: out (B, H, T, D), lse (B, H, T).
 
-    It is not compiled here on a CPU (dense, for tests) or inside a traced model.
+    It is not compiled here on a CPU (where it runs dense, for tests) or inside a traced model.
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 

@@ -1,14 +1,14 @@
-r"""Global attention by torch's own fused kernels, where they need no explicit mask: plain causal, and decode.
+r"""Global attention by torch's own fused kernels, where they need no explicit mask: plain causal, and decoding.
 
-They count causal from the first key, so a chunk of queries after earlier keys would need a mask. On a CPU it is two
-calls without one, merged by their log-sum-exps:
+They align the causal mask at the first key, so a chunk of queries after earlier keys would need an explicit mask. On a
+CPU a chunk is two calls without a mask, merged by their log-sum-exps:
 
     keys      0 ........... S - T ... S
-    queries   p p p p p p p p  \           past   seen whole by every query: a group's heads are rows, as in decode
+    queries   p p p p p p p p  \           past   seen whole by every query: a group's heads are rows, as in decoding
        S - 1  p p p p p p p p  n \         new    plain causal
 
-The public `scaled_dot_product_attention` does not return its log-sum-exp. Requests with one call the operator behind
-it: on a CPU, and without gradients, as the operator silently drops those of the log-sum-exp.
+The public `scaled_dot_product_attention` does not return its log-sum-exp. Requests that need it call the operator
+behind it, on a CPU and without gradients: the operator silently drops the gradient of the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from zebra.kernels.merging import merge
 from zebra.kernels.request import Kernel, Request
 
 _LSE: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-"""(q, k, v, dropout, causal, mask to add, scale) -> (out, lse), natural logarithm. Causal counts from the first key."""
+"""(q, k, v, dropout, causal, mask to add, scale) -> (out, lse), natural logarithm; causal from the first key."""
 
 _LONG = 1024
-"""Queries from which on kernels of our own are faster. Fewer should not wait for `native` to be compiled."""
+"""From so many queries on, zebra's own kernels are faster. Fewer should not wait for `native` to be compiled."""
 
 _HEAD_BYTES = 512
-"""The largest head, in bytes, of which a chunk of queries is two calls."""
+"""The largest head, in bytes, for which a chunk of queries runs as two calls."""
 
 
 def fused(request: Request) -> tuple[Tensor, Tensor | None]:
-    """`scaled_dot_product_attention`, with a group's heads as rows in decode: out (B, H, T, D), lse (B, H, T)."""
+    """`scaled_dot_product_attention`, with a group's heads as rows in decoding: out (B, H, T, D), lse (B, H, T)."""
     q, k, v = request.q, request.k, request.v
     if 1 < request.queries < request.keys:
         past = request.keys - request.queries
@@ -86,8 +86,10 @@ def _is_long(request: Request) -> bool:
 
 
 def _no_chunk(request: Request) -> str | None:
-    """Why a chunk is not two calls. On a CPU with AVX-512, 2,048 queries after 6,144 keys by tiles took 1.1 to 1.2
-    times as long in float32 with head dimensions of 32 to 128; less than 1.0 in 16 bits, and in float64 with 128.
+    """Why a chunk does not run as two calls, or None where it does.
+
+    On a CPU with AVX-512, tiles took 1.1 to 1.2 times as long for 2,048 queries after 6,144 keys in float32 with head
+    dimensions of 32 to 128; less than 1.0 in 16 bits, and in float64 with 128.
     """
     if request.q.element_size() < 4:
         return "tiles are faster in 16 bits"

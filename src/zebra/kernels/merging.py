@@ -1,6 +1,6 @@
-"""Attention from its parts: over two sets of keys, merged by their log-sum-exps, or of two sets of queries.
+"""Put attention together from two parts: two sets of keys, merged by their log-sum-exps, or two sets of queries.
 
-(Merging as in FlashAttention, arXiv 2205.14135.)
+Keys are merged as in FlashAttention (arXiv 2205.14135).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Attention = tuple[Tensor, Tensor | None]
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, *, with_lse: bool = True) -> Attention:
-    """Attention over two disjoint sets of keys from the attention over each, differentiable in all four.
+    """Merge the attention over two disjoint sets of keys; differentiable in all four tensors.
 
         out = (e^l1 o1 + e^l2 o2) / (e^l1 + e^l2),   lse = log(e^l1 + e^l2)
 
@@ -28,7 +28,7 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, *, with_ls
         out: (B, H, T, D). lse: (B, H, T), None without `with_lse`.
     """
     lowest = torch.finfo(lse.dtype).min
-    one, two = lse.clamp(min=lowest), other_lse.clamp(min=lowest)  # -inf less -inf would be NaN
+    one, two = lse.clamp(min=lowest), other_lse.clamp(min=lowest)  # -inf - (-inf) would be NaN
     weight = torch.sigmoid(two - one).unsqueeze(-1)
     merged = torch.lerp(out.to(weight.dtype), other.to(weight.dtype), weight).to(out.dtype)
     if not with_lse:
@@ -38,13 +38,13 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, *, with_ls
 
 
 def join(first: Attention, second: Attention) -> Attention:
-    """Attention of queries that come in two parts, one after the other, from the attention of each part.
+    """Concatenate the attention of two parts of the queries, one after the other.
 
     Args:
         first, second: the output (B, H, T, D) and the log-sum-exp (B, H, T) or None.
 
     Returns:
-        The same for all queries; no log-sum-exp where a part has none.
+        The same for all queries; no log-sum-exp if a part has none.
     """
     (out, lse), (other, other_lse) = first, second
     whole_lse = None if lse is None or other_lse is None else torch.cat([lse, other_lse], dim=2)

@@ -1,12 +1,12 @@
-// Causal attention where query i of a row sees the keys [lo_i, hi_i), neither end ever falling: forward and backward, on
-// any CPU that simd.h knows (FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2). Compiled for one type of numbers
+// Causal attention in which query i sees the keys [lo_i, hi_i), and neither bound decreases: forward and backward, on
+// any CPU that simd.h supports (FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2). Compiled for one element type
 // and one head size: -DNUMBER=float, BFloat16 or Float16, -DSIZE=a multiple of 16.
 //
 // A tile is 64 queries. Its scores are held transposed, S^T[key][query]: the lanes of a vector are queries, so that the
-// softmax runs down columns, and keys and values are read by broadcast from where they stand. Every product is one
+// softmax runs down columns, and keys and values are broadcast from where they are in memory. Every product is one
 // micro-kernel, C[r][lanes] += broadcast(A[r * SR + t * ST]) * B[t][lanes], where A and B hold units of 32 bits: one
-// float32, or two bfloat16 that are neighbours along the sum, where the CPU multiplies those (PAIRS). Where the CPU has
-// matrix registers, bfloat16 is multiplied by them (SQUARE): 16 rows by 16 units by 16 lanes at once.
+// float32, or two bfloat16 that are neighbours along the sum, if the CPU has dot products of these (PAIRS). If it has
+// matrix registers (AMX), they multiply bfloat16 (SQUARE): 16 rows by 16 units by 16 lanes at once.
 #include "simd.h"
 
 #include <algorithm>
@@ -19,20 +19,20 @@
 #include <type_traits>
 #include <vector>
 
-// A tensor (batch, heads, tokens, D): strides in numbers, the D numbers of a row adjacent.
+// A tensor (batch, heads, tokens, D): strides in elements; the D elements of a token are contiguous.
 struct View {
   NUMBER* data;
   int64_t batch, head, row;
 };
 
-// The arguments of both functions, as native.py fills them in.
+// The arguments of forward, backward and decode, as native.py fills them in.
 struct Call {
   View q, k, v, out, grad, dq, dk, dv;
   float *lse, *dlse;       // (batch, heads, queries)
   const int32_t *lo, *hi;  // (batch, queries)
-  const float* slopes;     // (heads), of ALiBi, or null
+  const float* slopes;     // (heads), ALiBi's, or null
   int32_t batch, heads, kv_heads, queries, keys, threads;
-  float scale, softcap;  // a softcap of 0 is none
+  float scale, softcap;  // a softcap of 0 means none
 };
 
 namespace {
@@ -40,11 +40,11 @@ namespace {
 constexpr int D = SIZE;
 constexpr bool PAIRS = DOTS && std::is_same_v<NUMBER, BFloat16>;
 constexpr bool SQUARE = PAIRS && MATRICES;
-constexpr int UNIT = PAIRS ? 2 : 1, UNITS = D / UNIT;  // numbers of a unit, units of a row
-constexpr int STEP = SQUARE ? UNIT * SIDE : UNIT;      // what a tile sees is bounded by multiples of so many keys
+constexpr int UNIT = PAIRS ? 2 : 1, UNITS = D / UNIT;  // elements of a unit, units of a head
+constexpr int STEP = SQUARE ? UNIT * SIDE : UNIT;      // bounds of what a tile sees are multiples of so many keys
 constexpr int LANES = 64;                              // queries of a tile
-constexpr int BLOCK = SQUARE ? 128 : 60;               // keys of a tile at a time: scores that stay in the first cache
-constexpr int SLACK = 512;  // keys that sums of gradients move on by
+constexpr int BLOCK = SQUARE ? 128 : 60;               // keys of a tile at a time: their scores stay in the L1 cache
+constexpr int SLACK = 512;  // keys by which the buffer of gradient sums moves on
 constexpr size_t up(size_t n, size_t of) { return (n + of - 1) / of * of; }
 constexpr int ROW = SQUARE ? up(UNITS, SIDE) : UNITS;  // units from row to row; those past UNITS are 0
 constexpr float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f, LOWEST = -1e30f;
@@ -78,7 +78,7 @@ __attribute__((noinline)) void micro(const float* A, const float* B, int T, floa
     for (int v = 0; v < NV; v++) store(C + r * LC + v * WIDTH, c[r][v]);
 }
 
-// The same for any number of rows and N lanes: at most GROUP vectors at a time, the last rows in halves.
+// The same for any number of rows and N lanes: at most GROUP vectors at a time, the last rows by 8, 4, 2 and 1.
 template <int N, int SR, int ST, int LD, bool ADD, int LC = LD>
 void product(int rows, const float* A, const float* B, int T, float* C) {
   constexpr int ALL = N / WIDTH, PARTS = (ALL + GROUP - 1) / GROUP, NV = (ALL + PARTS - 1) / PARTS;
@@ -95,7 +95,7 @@ void product(int rows, const float* A, const float* B, int T, float* C) {
     product<N - NV * WIDTH, SR, ST, LD, ADD, LC>(rows, A, B + NV * WIDTH, T, C + NV * WIDTH);
 }
 
-// The same by matrix registers, for multiples of SIDE: rows of A are LA apart, SIDE units of a row NEXT from the next.
+// The same by matrix registers, for multiples of SIDE. Rows of A are LA apart; the next SIDE units of a row, NEXT.
 template <int N, int LA, int NEXT, int LD, bool ADD, int LC>
 void matrices(int rows, const float* A, const float* B, int T, float* C) {
   constexpr int TWO = 2 * SIDE;
@@ -115,7 +115,7 @@ void product_of_rows(int rows, const float* A, const float* B, int T, float* C) 
   else product<N, LA, 1, LD, ADD>(rows, A, B, T, C);
 }
 
-// sums[number][lane] += the sum of sides[key][number] weights[key][lane] over `keys` keys, as `pack_sides` lays them.
+// sums[d][lane] += the sum of sides[key][d] weights[key][lane] over `keys` keys, in the layout of `pack_sides`.
 template <int N> void product_of_sides(const float* sides, const float* weights, int keys, float* sums) {
   if constexpr (SQUARE) matrices<N, SIDE, D * SIDE, LANES, true, LANES>(D, sides, weights, keys / UNIT, sums);
   else product<N, 1, D, LANES, true>(D, sides, weights, keys / UNIT, sums);
@@ -159,19 +159,19 @@ void pack_transposed(Rows from, int n, float* to) {
   if constexpr (ROW > UNITS) memset(to + UNITS * LANES, 0, (ROW - UNITS) * LANES * 4);
 }
 
-// WIDTH units of two rows' numbers of bfloat16, from the number `d` on; rows past n are 0.
+// WIDTH units, each the bfloat16 elements of rows i and i + 1 at one index, from index `d` on; rows past n are 0.
 INLINE V pair(Rows from, int i, int n, int d) {
   const U even = i < n ? (U)widen(from[i] + d) : U{}, odd = i + 1 < n ? (U)widen(from[i + 1] + d) : U{};
   return (V)(even >> 16 | odd);
 }
 
-// `count` rows of bfloat16 as to[row / 2][number]: a unit is two rows' numbers.
+// `count` rows of bfloat16 as to[row / 2][d]: a unit has an element of each of two rows.
 void pack_pairs(Rows from, int n, int count, float* to) {
   for (int i = 0; i < count; i += 2)
     for (int d = 0; d < D; d += WIDTH) store(to + (size_t)i / 2 * D + d, pair(from, i, n, d));
 }
 
-// Keys or values in pairs, for sums over keys: to[pair][number], or to[pair / SIDE][number][pair % SIDE] (SQUARE).
+// Keys or values in pairs, for sums over keys: to[pair][d], or to[pair / SIDE][d][pair % SIDE] (SQUARE).
 void pack_sides(Rows from, int n, float* to) {
   if constexpr (SQUARE) {
     for (int key = 0; key < n; key += STEP, to += D * SIDE)
@@ -186,7 +186,7 @@ void pack_sides(Rows from, int n, float* to) {
   }
 }
 
-// from[number][query] * factor[query] to a tile's n rows.
+// Write from[d][query] * factor[query] to a tile's n rows.
 void unpack_transposed(const float* from, const float* factor, int n, Rows to) {
   for (int i = 0; i < n; i += WIDTH)
     for (int d = 0; d < D; d += WIDTH) {
@@ -197,7 +197,7 @@ void unpack_transposed(const float* from, const float* factor, int n, Rows to) {
     }
 }
 
-// Memory of a thread that begins with a cache line.
+// A thread's memory, aligned to a cache line.
 struct Buffer {
   float* data;
   explicit Buffer(size_t floats) : data((float*)aligned_alloc(64, (floats * 4 + 64) / 64 * 64)) {
@@ -211,7 +211,7 @@ Rows rows_of(const View& view, int row, int head) {
   return {view.data + row * view.batch + head * view.head, view.row};
 }
 
-// The keys or values of a head as units: where they stand, or copied.
+// The keys or values of a head as units: in place, or copied.
 struct Units {
   bool in_place;
   Buffer copy;
@@ -223,7 +223,7 @@ struct Units {
   }
 
  private:
-  // Whether the rows of every head can be read as units where they stand.
+  // Whether the rows of every head can be read as units in place.
   static bool stands(const View& view, int keys) {
     const int64_t bytes = sizeof(NUMBER), odd = (int64_t)view.data | view.batch * bytes | view.head * bytes;
     return sizeof(NUMBER) * UNIT == 4 && view.row == D && odd % 4 == 0 && ROW == UNITS && !(SQUARE && keys % STEP);
@@ -242,7 +242,7 @@ struct Cut {
   int whole, end;
 };
 
-// Keys come in units, two where bfloat16 is summed over them: all bounds are multiples of STEP.
+// Keys come in units, of two keys where bfloat16 is summed over them: all bounds are multiples of STEP.
 struct Tile {
   alignas(64) int32_t lo[LANES], count[LANES];
   Segment segments[3];
@@ -251,7 +251,7 @@ struct Tile {
   void take(const int32_t* from, const int32_t* to, int queries) {
     n = std::min(LANES, queries);
     for (int i = 0; i < LANES; i++) {
-      const int at = std::min(i, n - 1);  // what is past the end is not written
+      const int at = std::min(i, n - 1);  // results past the end are not written
       lo[i] = from[at], count[i] = std::max(0, to[at] - from[at]);
     }
     constexpr int HALF = LANES / 2;
@@ -259,7 +259,7 @@ struct Tile {
     const bool second = n > HALF;
     const int b = second ? from[HALF] / STEP * STEP : c, d = second ? up(to[n - 1], STEP) : c;
     used = 0;
-    // Both halves of the queries against what both see; either alone against what only it sees.
+    // Both halves of the queries against the keys that both see; each half alone against what only it sees.
     add(a, std::min(b, c), 0, HALF), add(b, c, 0, LANES), add(std::max(b, c), d, HALF, HALF);
   }
   int first() const { return used ? segments[0].lo : 0; }
@@ -293,14 +293,14 @@ template <class Worker> void walk(Worker& worker, const Tile& tile) {
   }
 }
 
-// Scores <q, k> to softcap tanh(scale <q, k> / softcap), which have the scale 1.
+// Turn scores <q, k> into softcap tanh(scale <q, k> / softcap), whose scale is 1.
 void cap(const Call& call, int keys, float* scores) {
   for (float* at = scores; at < scores + keys * LANES; at += WIDTH)
     store(at, call.softcap * tanh(load<V>(at) * (call.scale / call.softcap)));
 }
 
-// ALiBi (arXiv 2108.12409, section 3): the scores of a tile less slope (i - j), for `queries` queries from the position
-// `i` on, and keys from `j` on. What is not seen may be raised.
+// ALiBi (arXiv 2108.12409, section 3): subtract slope (i - j) from a tile's scores, for `queries` queries from the
+// position `i` on, and keys from `j` on. Scores of keys that are not seen may rise.
 void lower(float slope, int i, int queries, int j, int keys, float* scores) {
   V index;
   for (int x = 0; x < WIDTH; x++) index[x] = x;
@@ -311,7 +311,7 @@ void lower(float slope, int i, int queries, int j, int keys, float* scores) {
     }
 }
 
-// -- forward: a task is one query head of one row
+// -- forward: a task is one query head of one batch entry (`row`)
 
 struct Forward {
   const Call& call;
@@ -365,7 +365,7 @@ struct Forward {
     product_of_sides<QUERIES>(values + (size_t)key / UNIT * D, PAIRS ? pairs : scores, keys, mixed + first);
   }
 
-  // Scores to weights 2^(scale s - peak) for the queries of NV vectors from first + x on; sums so far, to the new peak.
+  // Turn scores into weights 2^(scale s - peak), for NV vectors of queries from first + x on; rescale the sums so far.
   template <int NV> INLINE void soften(int key, int keys, Cut cut, int first, int x) {
     const int begin[4] = {key, cut.whole, cut.end, key + keys};
     const V scale2 = all(scale * LOG2E);
@@ -394,7 +394,7 @@ struct Forward {
     for (int y = 0; y < NV; y++) highest[y] = m[y];
   }
 
-  // In place, or in bfloat16 to pairs of keys.
+  // Weights, in place, or as bfloat16 in pairs of keys; and their sums.
   template <int NV, bool EDGE>
   INLINE void weigh(int key, int begin, int end, int first, int x, V scale2, const V* m, V* sums) {
     V sum[NV];
@@ -433,8 +433,8 @@ struct Forward {
 
 // -- decode: few queries over many keys, so a task is a part of the keys of one key-value head
 
-// `queries` counts rows: those of a token's heads, token by token. Here the lanes are the numbers of a head: a vector's
-// sum over its lanes is a score, and values are read as they stand.
+// `queries` counts a query for each head of the group, token by token. Here the lanes are the elements of a head, so a
+// score is a vector's sum over its lanes, and values are read in their own layout.
 struct Decode {
   static constexpr int PART = 1024, KEYS = 64, MOST = 16;  // keys of a task, of a block; queries at a time
   static constexpr int VECTORS = (UNITS + WIDTH - 1) / WIDTH, STATE = D + 2;
@@ -474,7 +474,7 @@ struct Decode {
     }
   }
 
-  static void fetch(const NUMBER* row) {  // into the first cache
+  static void fetch(const NUMBER* row) {  // into the L1 cache
     for (int d = 0; d < D; d += 64 / sizeof(NUMBER)) __builtin_prefetch(row + d);
   }
 
@@ -503,7 +503,7 @@ struct Decode {
     product<D, KEYS, 1, D, true, STATE>(n, scores[0], stand ? (const float*)v.data : values, (keys + UNIT - 1) / UNIT, state);
   }
 
-  // Scores of a query to weights, in bfloat16 to pairs of them, and what was summed so far to the new peak.
+  // Turn a query's scores into weights, for bfloat16 in pairs; rescale what was summed so far to the new peak.
   void soften(float* scores, int key, int keys, int lo, int hi, float* state) {
     I index;
     for (int i = 0; i < WIDTH; i++) index[i] = i;
@@ -532,7 +532,7 @@ struct Decode {
   }
 };
 
-// The states of a head's parts, in their order, to the output and log-sum-exp of a query.
+// Merge the states of a head's parts, in their order, into the output and the log-sum-exp of a query.
 void merge(const Call& call, const float* states, int head, int query) {
   const int row = head / call.kv_heads, parts = Decode::parts(call);
   const float* state = states + ((size_t)head * parts * call.queries + query) * Decode::STATE;
@@ -547,9 +547,9 @@ void merge(const Call& call, const float* states, int head, int query) {
   call.lse[(size_t)head * call.queries + query] = LN2 * (peak + log2f(total));
 }
 
-// -- backward: a task is one key-value head of one row
+// -- backward: a task is one key-value head of one batch entry (`row`)
 
-// A gradient of keys or values, summed in float32: in place where it can be, else in rows that move on with the tiles.
+// A gradient of keys or values, summed in float32: in place if possible, else in a buffer that moves on with the tiles.
 struct Sum {
   bool in_place;
   int room, keys, base = 0, end = 0;  // rows [base, end) are held
@@ -561,7 +561,7 @@ struct Sum {
       : in_place(std::is_same_v<NUMBER, float> && view.row == D),
         room(in_place ? all : std::min(all, widest + SLACK)),
         keys(all),
-        held(in_place ? 0 : (size_t)(room + STEP) * D) {}  // of the last keys more may be added to than there are
+        held(in_place ? 0 : (size_t)(room + STEP) * D) {}  // sums may be added past the last key
 
   void take(Rows rows) { into = rows, base = end = 0, data = in_place ? (float*)rows.data : held.data; }
   float* at(int key) { return data + (ptrdiff_t)(key - base) * D; }
@@ -591,7 +591,7 @@ struct Sum {
 struct Backward {
   const Call& call;
   alignas(64) float qt[ROW * LANES], gt[ROW * LANES];       // queries and output gradients, [unit][query]
-  alignas(64) float q[UNITS * LANES], grad[UNITS * LANES];  // the same as the lanes of dk and dv, [query][number]
+  alignas(64) float q[UNITS * LANES], grad[UNITS * LANES];  // the same as the lanes of dk and dv, [query][d]
   alignas(64) float dqt[D * LANES], lse[LANES], delta[LANES];
   alignas(64) float weights[BLOCK * LANES], slopes[BLOCK * LANES];  // P and dS, [key][query]
   alignas(64) float narrow_weights[BLOCK * LANES / 2], narrow_slopes[BLOCK * LANES / 2], slope_pairs[BLOCK * LANES / 2];
@@ -612,7 +612,7 @@ struct Backward {
 
   static int tasks(const Call& c) { return c.batch * c.kv_heads; }
 
-  // Keys that a tile sees at most, and the fewer than STEP on either side.
+  // The most keys that a tile sees, and up to STEP - 1 on either side.
   static int widest(const Call& c) {
     int most = 0;
     for (int row = 0; row < c.batch; row++)
@@ -643,7 +643,7 @@ struct Backward {
     dk.finish(), dv.finish();
   }
 
-  // A tile's queries, output gradients, log-sum-exps in base 2, and delta = scale (<out, grad> - dlse).
+  // Load a tile's queries, output gradients, log-sum-exps in base 2, and delta = scale (<out, grad> - dlse).
   void take(int row, int head, int i) {
     const Rows queries = rows_of(call.q, row, head).from(i), gradients = rows_of(call.grad, row, head).from(i),
                out = rows_of(call.out, row, head).from(i);
@@ -655,7 +655,7 @@ struct Backward {
     position = call.keys - call.queries + i;
     const size_t at = ((size_t)row * call.heads + head) * call.queries + i;
     for (int x = 0; x < LANES; x++) {
-      lse[x] = INFINITY, delta[x] = 0;  // the weight 0: for what is past the end, and sees no key
+      lse[x] = INFINITY, delta[x] = 0;  // the weight 0, for queries past the end or without a key
       if (x >= tile.n || tile.count[x] == 0) continue;
       V products = {};
       for (int d = 0; d < D; d += WIDTH) products += widen(gradients[x] + d) * widen(out[x] + d);
@@ -684,7 +684,7 @@ struct Backward {
     product_of_sides<QUERIES>(sides, PAIRS ? slope_pairs : slopes, keys, dqt + first);
   }
 
-  // P = 2^(scale s - lse) and dS = P (scale dP - delta), in place, or narrowed to rows and dS also to pairs of keys.
+  // P = 2^(scale s - lse) and dS = P (scale dP - delta): in place, or in bfloat16 by rows, and dS by pairs of keys too.
   template <int QUERIES, bool EDGE> INLINE void differentiate(int key, int begin, int end, int first) {
     const float scale = call.scale, scale2 = (call.softcap ? 1 : scale) * LOG2E;
     const float capped = call.softcap ? 1 / (call.softcap * call.softcap) : 0;
@@ -714,7 +714,7 @@ struct Backward {
 
 // -- tasks in threads
 
-// 0, or 1 where there was no memory. Each task is done by one thread, so their number does not show in the result.
+// Run all tasks; 1 if there was no memory for any, else 0. A task is one thread's, so their number changes no result.
 template <class Worker, class... Shared> int in_threads(const Call& call, Shared... shared) {
   const int tasks = Worker::tasks(call);
   std::atomic<int> next{0}, working{0};
@@ -724,13 +724,13 @@ template <class Worker, class... Shared> int in_threads(const Call& call, Shared
       [[maybe_unused]] const std::conditional_t<SQUARE, Matrices, int> registers{};
       working++;
       for (int task; (task = next++) < tasks;) worker->run(task);
-    } catch (const std::bad_alloc&) {  // the others take its tasks
+    } catch (const std::bad_alloc&) {  // the other threads take its tasks
     }
   };
   std::vector<std::thread> helpers;
   try {
     for (int i = 1; i < std::min(call.threads, tasks); i++) helpers.emplace_back(work);
-  } catch (...) {  // fewer will do
+  } catch (...) {  // fewer threads will do
   }
   work();
   for (auto& helper : helpers) helper.join();

@@ -1,12 +1,12 @@
-"""Attention on a CPU by our own kernel in C++, native.cpp, compiled on the machine at its first request.
+"""Attention on a CPU by zebra's own C++ kernel, native.cpp, which is compiled on the machine at the first request.
 
-Each query sees one run of keys, [lo_i, hi_i), and neither end ever falls (`Mask.key_ranges`), so windows, documents,
+Each query sees one run of keys, [lo_i, hi_i), and neither bound decreases (`Mask.key_ranges`), so windows, documents,
 padding and chunks are one case. The tiles and their arithmetic are those of `banded`
-(FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2), but a tile's scores never leave the first cache, and keys that
-half of a tile cannot see are not computed for it.
+(FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2). But a tile's scores never leave the L1 cache, and keys that
+half of a tile cannot see are not computed for that half.
 
-`decode` serves few queries over many keys: each task is a part of the keys, which all queries of the heads of a group
-read at once, and the parts are merged by their log-sum-exps.
+`decode` serves few queries over many keys. Each task is one part of the keys, read once for all queries of a group's
+heads. The parts are merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from zebra.kernels.request import Kernel, Request, unit_stride
 SOURCE = Path(__file__).with_name("native.cpp")
 _SIZES = (32, 64, 80, 96, 128, 256)
 _NUMBERS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
-"""The types of simd.h."""
+"""The element types of simd.h."""
 _X86 = frozenset({"avx2", "fma", "f16c"})
-"""The least that an x86 has; every ARM of 64 bits has NEON."""
+"""What an x86 CPU must support; every 64-bit ARM CPU has NEON."""
 
 
 class _View(ctypes.Structure):
-    """A tensor (B, heads, tokens, D) as native.cpp takes it: its address and strides; the last one is 1."""
+    """A tensor (B, heads, tokens, D) as native.cpp takes it: its address and strides. The last stride is 1."""
 
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row"))]
 
@@ -54,7 +54,7 @@ class _Call(ctypes.Structure):
 
 
 def arguments(tensors: dict[str, Tensor], scale: float, softcap: float | None, group: int = 1) -> ctypes.Structure:
-    """A call of native.cpp, which fills in the outputs among the tensors; each head of q holds `group` heads' rows."""
+    """The arguments of native.cpp, which fills in the output tensors. Each head of q has the rows of `group` heads."""
     q, k = tensors["q"], tensors["k"]
     fields: dict[str, Any] = dict(zip(("batch", "heads", "queries"), q.shape, strict=False))
     fields |= {"kv_heads": k.shape[1], "keys": k.shape[2], "threads": torch.get_num_threads()}
@@ -65,7 +65,7 @@ def arguments(tensors: dict[str, Tensor], scale: float, softcap: float | None, g
 
 
 def options(dtype: torch.dtype, size: int) -> tuple[str, ...]:
-    """Those of the compiler that choose what native.cpp takes."""
+    """The compiler options that set the element type and the head size of native.cpp."""
     return f"-DNUMBER={_NUMBERS[dtype]}", f"-DSIZE={size}"
 
 
@@ -96,7 +96,7 @@ def _library(dtype: torch.dtype, size: int) -> ctypes.CDLL | str:
 
 @functools.cache
 def _loaded(*options: str) -> ctypes.CDLL | str:
-    """Once for the process; without matrix registers where the system does not give them to it."""
+    """Load the library once per process; without matrix registers (AMX) where the system does not permit them."""
     try:
         library = compiler.library(SOURCE, *options)
         return library if library.permitted() else compiler.library(SOURCE, *options, "-mno-amx-bf16")
@@ -134,7 +134,7 @@ class _Native(torch.autograd.Function):
 
 
 def _saved(tensors: Iterable[Tensor | None]) -> dict[str, Tensor]:
-    """By their names in a call, those that there are."""
+    """The tensors that are not None, by their names in a call."""
     named = zip(("q", "k", "v", "out", "lse", "lo", "hi", "slopes"), tensors, strict=True)
     return {name: tensor for name, tensor in named if tensor is not None}
 
@@ -149,7 +149,7 @@ def _backward(
 
 
 def native(request: Request) -> tuple[Tensor, Tensor | None]:
-    """The kernel over the run of keys that each query sees: out (B, H, T, D), lse (B, H, T)."""
+    """Run the kernel over the run of keys that each query sees: out (B, H, T, D), lse (B, H, T)."""
     inputs = request.q, request.k, request.v, *_key_ranges(request), _slopes(request)
     out, lse = _Native.apply(*inputs, request.scale, request.softcap)
     return out, lse if request.with_lse else None
@@ -158,14 +158,14 @@ def native(request: Request) -> tuple[Tensor, Tensor | None]:
 def attend_ranges(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor, end: Tensor, *, scale: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Attention of T queries over S keys of which query t sees the run [first_t, end_t), whatever T and S are.
+    """Attention of T queries over S keys in which query t sees the keys [first_t, end_t), for any T and S.
 
     Args:
         q: (B, H, T, D). k, v: (B, K, S, D).
-        first, end: (1 or B, T) integers, end at most S; neither ever falls along T, which is not checked.
+        first, end: (1 or B, T) integers, end at most S; neither may decrease along T, which is not checked.
 
     Returns:
-        out: (B, H, T, D) and lse: (B, H, T), 0 and -inf for a query whose run is empty; None where the kernel cannot.
+        out: (B, H, T, D) and lse: (B, H, T), 0 and -inf for a query that sees no key; None if this kernel cannot run.
     """
     fits = q.device.type == "cpu" and q.dtype in _NUMBERS and q.shape[3] in _SIZES and scale > 0
     fits = fits and q.dtype == k.dtype == v.dtype and k.shape == v.shape
@@ -177,7 +177,7 @@ def attend_ranges(
 
 
 def decode(request: Request) -> tuple[Tensor, Tensor | None]:
-    """The same for few queries: a group's heads are rows over the same keys, as in `fused`."""
+    """As `native`, for few queries: the heads of a group are rows over the same keys, as in `fused`."""
     group = request.q.shape[1] // request.k.shape[1]
     rows = request.q.unflatten(1, (-1, group)).transpose(2, 3).flatten(2, 3)  # (B, K, T g, D)
     lo, hi = _key_ranges(request)

@@ -1,4 +1,4 @@
-"""Attention as the formula reads: dense, in float32 or wider. The oracle of the other kernels, gradients included."""
+"""Attention by the plain formula: dense, in float32 or wider. The oracle for the other kernels, gradients included."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zebra.kernels.request import Kernel, Request
 
 
 def reference(request: Request) -> tuple[Tensor, Tensor | None]:
-    """One score matrix, one mask, one softmax, O(T * S) time and memory: out (B, H, T, D), lse (B, H, T)."""
+    """One score matrix, one mask, one softmax, in O(T * S) time and memory: out (B, H, T, D), lse (B, H, T)."""
     group = request.q.shape[1] // request.k.shape[1]
     wide = torch.promote_types(request.q.dtype, torch.float32)
     with torch.autocast(request.q.device.type, enabled=False):

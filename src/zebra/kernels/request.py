@@ -1,4 +1,4 @@
-"""A request to a kernel, its mask, and how a kernel declines it."""
+"""What a kernel gets, a request with its mask, and what a kernel is."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from zebra import masks
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a causal query sees. All parts apply together; None leaves a part out.
+    """Which keys a causal query sees. All parts apply together; a part that is None restricts nothing.
 
     Attributes:
-        window: keys that a query sees, its own included; None is global.
-        keys: (B, S) bool, True where a key is a real token and False where it is padding, left or right.
-        documents: (B, S) integers, the document of each key, never falling along S: packed documents stand one after
+        window: number of keys that a query sees, its own included; None is global.
+        keys: (B, S) bool, True where a key is a real token and False where it is padding.
+        documents: (B, S) integers, the document of each key, non-decreasing along S: packed documents follow one
             another and do not see each other.
-        sinks: first real tokens of a sequence, or of each of its documents, that are seen besides the window.
+        sinks: number of first real tokens of a sequence, or of each of its documents, seen in addition to the window.
     """
 
     window: int | None = None
@@ -68,7 +68,7 @@ class Mask:
         return next_token.gather(1, starts.expand_as(next_token))
 
     def key_ranges(self, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The one run of keys that each query sees, [first, end): two (1 or B, T) int64.
+        """The contiguous run of keys that each query sees, [first, end): two (1 or B, T) int64.
 
             keys      . . . a a a a | b b b b .      padding, two packed documents, padding
             queries         [ ]
@@ -76,8 +76,8 @@ class Mask:
                               [   ]    [ ]           first = max(i - w + 1, the document's start, the first real key)
                                        [   ]         end   = min(i + 1, the end of the real keys)
 
-        Neither ever falls along T; first >= end where a query sees none. Padding between the tokens of a sequence
-        (`has_padding_holes`) is inside the runs. Sinks are outside.
+        Neither decreases along T, and first >= end where a query sees no key. Padding between the tokens of a sequence
+        (`has_padding_holes`) is included in the runs; sinks are not.
         """
         i = torch.arange(keys - queries, keys, device=device)
         if self.documents is None:
@@ -113,14 +113,14 @@ class Mask:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """The same numbers, those of a head (..., D) adjacent in memory: kernels and torch's operators read them there."""
+    """The same values with stride 1 in the last dimension (..., D), as kernels and torch's operators read memory."""
     x = x.resolve_neg()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `attend`, checked and completed; `arguments` holds those that `attend` does not know."""
+    """The arguments of `attend`, checked, with defaults filled in; `arguments` are those that it does not know."""
 
     q: Tensor  # (B, H, T, D)
     k: Tensor  # (B, K, S, D)
@@ -128,7 +128,7 @@ class Request:
     mask: Mask
     scale: float
     softcap: float | None = None
-    slopes: Tensor | None = None  # (H,), of ALiBi
+    slopes: Tensor | None = None  # (H,), ALiBi's
     with_lse: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -144,7 +144,7 @@ class Request:
 
     @property
     def wants_gradient(self) -> bool:
-        """Whether a backward may follow."""
+        """Whether a backward pass may follow."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
 
@@ -153,14 +153,15 @@ class Kernel:
     """A kernel: its name, a line for `zebra doctor`, its function, and what it supports.
 
     Attributes:
-        run: gives the output (B, H, T, D), and the log-sum-exp (B, H, T) or None.
-        gradients: those of q, k and v, from a request, its output, its log-sum-exp and the gradients of both: the
-            backward outside of autograd. None where the kernel has none of its own.
+        run: returns the output (B, H, T, D), and the log-sum-exp (B, H, T) or None.
+        devices: device types; None for any.
+        gradients: the backward outside autograd: returns the gradients of q, k and v from a request, its output, its
+            log-sum-exp and the gradients of both. None where the kernel has none of its own.
         value_sizes: whether values may have another head size than keys.
-        min_queries, max_queries, min_keys: T and S for which it pays.
+        min_queries, max_queries, min_keys: bounds of T and S outside which another kernel is better.
         unsupported_reason: why it cannot serve a request that the other fields allow, or None.
         slower_than: the name of a kernel further down the table that is faster for this request, or None. That one
-            serves where it accepts.
+            runs if it accepts.
     """
 
     name: str
@@ -180,7 +181,7 @@ class Kernel:
     slower_than: Callable[[Request], str | None] = lambda request: None
 
     def does_not_pay(self, request: Request) -> str | None:
-        """Why the request is too small or too large for the kernel to be faster, or None where it is not."""
+        """Why the request is too small or too large for the kernel to be worth running, or None."""
         if request.queries < self.min_queries:
             return f"it does not pay for fewer than {self.min_queries} queries"
         if self.max_queries is not None and request.queries > self.max_queries:

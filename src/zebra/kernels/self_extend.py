@@ -1,10 +1,10 @@
-r"""Self-Extend's attention as two that are merged by their log-sum-exps (arXiv 2401.01325).
+r"""Self-Extend's attention as two attentions, merged by their log-sum-exps (arXiv 2401.01325).
 
     keys      0 .......... S - W ...... S       far    queries from W on, over the keys before S - W, plain causal,
-    queries   near                                     by vectors rotated to grouped positions
+    queries   near                                     with vectors rotated to grouped positions
        W - 1  \ \                               near   the causal band of W keys, at exact positions
               f \ \
-              f f \ \                           Together they are the causal triangle: one full attention, never two.
+              f f \ \                           Together they cover the causal triangle once: the cost of one attention.
        S - 1  f f f \ \
 """
 
@@ -32,15 +32,15 @@ def self_extend_attention(
     with_lse: bool = False,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of T queries over S keys, near ones by `q` and `k`, far ones by `far_q` and `far_k`, in one softmax.
+    """Attention with one softmax over near keys, scored by `q` and `k`, and far keys, scored by `far_q` and `far_k`.
 
     Args:
         q, far_q: (B, H, T, D), of the last T of the S tokens.
-        k: (B, K, at least min(S, W - 1 + T), D), of the last tokens.
+        k: (B, K, at least min(S, W - 1 + T), D), the keys of the last tokens.
         far_k, v: (B, K, S, D).
         mask: padding over S, and documents where T = S; it has no window.
         window: W, at least 1.
-        arguments: others of `attend`.
+        arguments: further arguments of `attend`.
 
     Returns:
         out: (B, H, T, D). lse: (B, H, T), None without `with_lse`.
@@ -58,7 +58,7 @@ def self_extend_attention(
     assert lse is not None
     assert far_lse is not None
     if mask.documents is not None:
-        # In the far part a query is aligned W tokens before itself, which may be another document's token.
+        # In the far part a query is aligned with the token W before it, which may be in another document.
         other = mask.documents[:, window:] != mask.documents[:, :far_keys]
         far_lse = far_lse.masked_fill(other[:, None, far_keys - queries + first :], float("-inf"))
     merged = merge(out[:, :, first:], lse[:, :, first:], far_out, far_lse, with_lse=with_lse)

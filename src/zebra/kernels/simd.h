@@ -1,4 +1,4 @@
-// Vectors of float32 as wide as the CPU's, numbers in memory, and what each instruction set does in its own way.
+// Vectors of float32 as wide as the CPU's, the element types in memory, and what differs between instruction sets.
 // All else is the compiler's vector arithmetic: a * b + c is one instruction, `a < b ? c : d` chooses lane by lane.
 #pragma once
 
@@ -37,7 +37,7 @@ constexpr int ROWS = 6;  // of a product: ROWS * GROUP sums, GROUP lanes and 1 b
 typedef float V __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t I __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t U __attribute__((vector_size(WIDTH * 4)));
-typedef uint16_t Half __attribute__((vector_size(WIDTH * 2)));  // numbers of 16 bits
+typedef uint16_t Half __attribute__((vector_size(WIDTH * 2)));  // 16-bit elements
 
 template <class T> struct __attribute__((packed, may_alias)) Anywhere {  // memory of any type and alignment
   T x;
@@ -59,7 +59,7 @@ INLINE bool any(I mask) {
 #endif
 }
 
-// 2^x to about 1e-7 of it, by a polynomial on [0, 1]; -inf gives 0.
+// 2^x with a relative error of about 1e-7, by a polynomial on [0, 1]; -inf gives 0.
 INLINE V exp2(V x) {
 #ifdef WITH_AVX512
   const V f = _mm512_reduce_ps(x, 0x01);  // x - floor(x)
@@ -75,13 +75,13 @@ INLINE V exp2(V x) {
 #endif
 }
 
-// tanh(x) to about 1e-7.
+// tanh(x) with an error of about 1e-7.
 INLINE V tanh(V x) {
   const V power = x * 2.88539008f;  // e^2x = 2^power
   return 1.0f - 2.0f / (1.0f + exp2(power > 126.0f ? all(126.0f) : power));
 }
 
-// a[FIRST], b[FIRST], a[FIRST + 1], ...: half of each.
+// a[FIRST], b[FIRST], a[FIRST + 1], ...: half of a and half of b.
 template <int FIRST> INLINE V interleave(V a, V b) {
 #ifdef __clang__
   V both;
@@ -94,7 +94,7 @@ template <int FIRST> INLINE V interleave(V a, V b) {
 #endif
 }
 
-// r[x][y] to r[y][x].
+// Swap r[x][y] and r[y][x].
 INLINE void transpose(V r[WIDTH]) {
   for (int step = 1; step < WIDTH; step *= 2) {
     V t[WIDTH];
@@ -106,14 +106,14 @@ INLINE void transpose(V r[WIDTH]) {
   }
 }
 
-// The sum of each r[x], which is lost, over its lanes.
+// The sum of each r[x] over its lanes; r is overwritten.
 INLINE V sums(V r[WIDTH]) {
   for (int n = WIDTH / 2; n > 0; n /= 2)
     for (int i = 0; i < n; i++) r[i] = interleave<0>(r[i], r[i + n]) + interleave<WIDTH / 2>(r[i], r[i + n]);
   return r[0];
 }
 
-// -- numbers in memory
+// -- elements in memory
 
 struct BFloat16 {
   uint16_t bits;
@@ -142,7 +142,7 @@ INLINE V widen(const Float16* at) { return _mm256_cvtph_ps(load<__m128i>(at)); }
 INLINE void narrow(Float16* at, V x) { store(at, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 #endif
 
-// -- bfloat16 in pairs: a vector holds 2 * WIDTH of them, and a dot product adds two neighbours to each float
+// -- bfloat16 in pairs: a vector holds 2 * WIDTH of them, and a dot product adds the products of two to each float
 
 #if defined WITH_AVX512 && defined __AVX512BF16__
 constexpr bool DOTS = true;
@@ -183,7 +183,7 @@ inline bool permit_matrices() {
   return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
 }
 
-// A thread's registers, all of one shape, while this lives.
+// A thread's matrix registers, all of one shape, as long as this object lives.
 struct Matrices {
   Matrices() {
     struct {
@@ -198,11 +198,11 @@ struct Matrices {
   Matrices(const Matrices&) = delete;
 };
 
-// C = or += A B for M times SIDE rows, N times SIDE lanes and T units, M and N 1 or 2. Rows are LA, LB and LC apart,
-// SIDE units of a row of A NEXT from the next.
+// C = or += A B for M times SIDE rows, N times SIDE lanes and T units, M and N 1 or 2. Rows are LA, LB and LC apart;
+// the next SIDE units of a row of A, NEXT.
 template <int M, int N, int LA, int NEXT, int LB, bool ADD, int LC>
 __attribute__((noinline)) void matrix(const float* A, const float* B, int T, float* C) {
-  asm volatile("" ::: "memory");  // GCC is not told that the registers' loads read memory
+  asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory
   constexpr bool DOWN = M > 1, ALONG = N > 1;
   if constexpr (ADD) {
     _tile_loadd(0, C, LC * 4);

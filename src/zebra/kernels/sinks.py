@@ -4,10 +4,10 @@ r"""Local attention with sinks: the band, merged with a small dense attention ov
     queries   \                       \  the band of w keys, by any kernel of the table
               \ \                     s  the sinks before it: j < sinks and i - j >= w
               s \ \
-              s s \ \                 Sinks inside the band are the band's, so that no key is seen twice.
+              s s \ \                 A sink inside the band belongs to the band, so that no key counts twice.
        S - 1  s s . \ \
 
-A trained model gives much of its attention to the first few tokens, so a window without them harms more than its
+A trained model gives much of its attention to the first few tokens, so a window that hides them harms more than its
 length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions.
 """
 
@@ -26,15 +26,15 @@ from zebra.kernels.reference import masked_softmax
 from zebra.kernels.request import Mask
 
 NO_POSITION = 1 << 40
-"""The position of a missing sink: behind all queries."""
+"""The position of a missing sink: after all queries."""
 
 
 class Sinks(NamedTuple):
-    """Sinks for n blocks of queries, one after another."""
+    """The sinks of n consecutive blocks of queries."""
 
     keys: Tensor  # (B, K, n, sinks, D)
     values: Tensor  # (B, K, n, sinks, D)
-    positions: Tensor  # (1 or B, n, sinks), indices in the sequence, padding counted; `NO_POSITION` where none is
+    positions: Tensor  # (1 or B, n, sinks), indices in the sequence, padding counted; `NO_POSITION` for a missing one
 
 
 def sink_attention(
@@ -50,17 +50,20 @@ def sink_attention(
     with_lse: bool = False,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `attend` gives under a mask with a window and sinks, in O(T (w + sinks)); its oracle is `reference`.
+    """Attention under a mask with a window and sinks, in O(T (w + sinks)); its oracle is `reference`.
 
     Args:
         q: (B, H, T, D).
-        k, v: (B, K, S, D), from the first token of the sequence on unless `cached` holds the sinks.
-        cached: the sinks of a cache, one block, whose local layer has dropped their keys.
-        start: the index in the sequence of the first of `k`.
-        arguments: others of `attend`.
+        k, v: (B, K, S, D), from the first token of the sequence on, unless `cached` has the sinks.
+        cached: the sinks as one block, from a cache whose local layer has dropped their keys.
+        start: the index in the sequence of the first key in `k`.
+        arguments: further arguments of `attend`.
 
     Returns:
         out: (B, H, T, D). lse: (B, H, T), None without `with_lse`.
+
+    Raises:
+        NotImplementedError: sinks under ALiBi.
     """
     band, kwargs = replace(mask, sinks=0), {"scale": scale, "softcap": softcap, **arguments}
     if mask.window is None or not mask.sinks or start + k.shape[2] <= mask.window:
@@ -83,8 +86,8 @@ def sink_attention(
 def _gather_sinks(k: Tensor, v: Tensor, mask: Mask, position: Tensor) -> tuple[Sinks, Tensor]:
     """The sinks of whole sequences, and which each query sees: (1 or B, n, queries of a block, sinks) bool.
 
-    Without documents one block is all queries. With documents a block is w queries: within w tokens the queries of two
-    documents cannot both be w behind their first tokens, so that one document's sinks serve a block.
+    Without documents, all queries are one block. With documents a block has w queries. Among them only one document can
+    have queries that are w or more behind its first token, so one document's sinks serve the block.
 
     position: (T,), the index of each query. k, v: (B, K, S, D).
     """
@@ -117,7 +120,7 @@ def _gather_sinks(k: Tensor, v: Tensor, mask: Mask, position: Tensor) -> tuple[S
 
 
 def _over(q: Tensor, sinks: Sinks, visible: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Attention of each block of queries over its sinks: out (B, H, T, D), lse (B, H, T); 0, -inf where none is seen.
+    """Attention of each block of queries over its sinks: out (B, H, T, D), lse (B, H, T); 0 and -inf without any.
 
     visible: (1 or B, n, queries of a block, sinks) bool.
     """

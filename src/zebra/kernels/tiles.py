@@ -1,8 +1,8 @@
-r"""The walk of the tiled kernel: which keys each tile of queries is computed against, and what is hidden inside it.
+r"""The tiles of kernel `banded`: the keys that each tile of queries is computed against, and the mask inside it.
 
 keys     lo           hi            A tile of n queries of one sequence is computed against the keys [lo, hi) that
-queries  [\ . . . . . \   ]         any of them sees, in parts that stay in a core's cache. Only the two triangles at
-  tile   [  \ . . . . . \ ]         its edges need a mask; documents and padding where they cut through it.
+queries  [\ . . . . . \   ]         any of them sees, in parts that fit a core's cache. Only the two triangles at its
+  tile   [  \ . . . . . \ ]         edges need a mask, and documents and padding where they cut through the tile.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from zebra import masks
 from zebra.kernels.request import Mask
 
 COLUMNS = 16
-"""Keys of a tile in a window come in multiples of this: rows of scores are whole vectors, products a tenth faster."""
+"""Under a window, a tile's keys are rounded up to a multiple of this: whole vectors make products a tenth faster."""
 
 
 class Tile(NamedTuple):
-    """The queries [s, e) of a batch entry against its keys [lo, hi); where they see none, lo = hi."""
+    """The queries [s, e) of a batch entry and the keys [lo, hi) that they see; lo = hi where they see none."""
 
     entry: int
     s: int
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Tiles of one size that follow one another, their queries [s, e) and keys [lo, hi)."""
+    """Consecutive tiles of one size, with all their queries [s, e) and keys [lo, hi)."""
 
     tiles: list[Tile]
     s: int
@@ -43,12 +43,12 @@ class Span(NamedTuple):
 
 
 class Tiles:
-    """The tiles of a request of `queries` against the last of `keys`, for each entry of the batch.
+    """The tiles of each batch entry of a request, whose `queries` are the last of its `keys`.
 
     Args:
-        block: queries of a tile.
-        part: keys at a time, at most.
-        group: query heads that are rows of one product; the scores of a tile have `group` times its queries as rows.
+        block: queries in a tile.
+        part: keys that are computed at a time, at most.
+        group: query heads of a key-value head; the scores of a tile have `group` times as many rows as it has queries.
     """
 
     def __init__(self, mask: Mask, batch: int, queries: int, keys: int, *, block: int, part: int, group: int = 1):
@@ -65,7 +65,7 @@ class Tiles:
         self._padding = None if mask.keys is None else pad((~mask.keys).cumsum(dim=1), (1, 0)).tolist()
 
     def of(self, entry: int) -> Iterator[Tile]:
-        """The tiles of a batch entry in the order of their queries; neither end of their keys ever falls."""
+        """The tiles of a batch entry in the order of their queries; neither bound of their keys decreases."""
         window = self.mask.window
         for s, lo in zip(range(0, self.queries, self.block), self._top[entry], strict=True):
             e = min(self.queries, s + self.block)
@@ -75,7 +75,7 @@ class Tiles:
             yield Tile(entry, s, e, min(lo, self.offset + e), self.offset + e)
 
     def spans(self, entry: int, most: int) -> Iterator[Span]:
-        """The tiles of a batch entry, at most `most` at a time; a shorter last one alone."""
+        """The tiles of a batch entry, at most `most` at a time; a shorter last tile is a span of its own."""
         tiles = list(self.of(entry))
         whole = len(tiles) - (self.queries % self.block > 0)
         for edge in [*range(0, whole, most), *range(whole, len(tiles))]:
@@ -83,14 +83,14 @@ class Tiles:
             yield Span(span, span[0].s, span[-1].e, span[0].lo, span[-1].hi)
 
     def parts(self, tile: Tile) -> Iterator[Tile]:
-        """The tile against its keys in equal parts of at most `part`."""
+        """Split a tile's keys into equal parts of at most `part`."""
         entry, s, e, lo, hi = tile
         count = -(-(hi - lo) // self.part)
         for index in range(count):
             yield Tile(entry, s, e, *(lo + (hi - lo) * edge // count for edge in (index, index + 1)))
 
     def hide(self, scores: Tensor, tile: Tile) -> None:
-        """Put -inf where a query sees no key. scores: (heads, g * (e - s), hi - lo), changed in place."""
+        """Set the scores of masked keys to -inf. scores: (heads, g * (e - s), hi - lo), changed in place."""
         _, s, e, lo, hi = tile
         first, last = self.offset + s - lo, self.offset + e - 1 - lo  # the tile's own keys, counted from lo
         after = max(0, first)
@@ -111,7 +111,7 @@ class Tiles:
         return (i[:, None] - torch.arange(lo, hi, device=like.device)).to(like.dtype)
 
     def _cut(self, tile: Tile) -> Tensor | None:
-        """What documents and padding leave of a tile, (e - s or 1, hi - lo); None where they do not cut through it."""
+        """What documents and padding leave visible, (e - s or 1, hi - lo); None if they do not cut through the tile."""
         entry, s, e, lo, hi = tile
         seen: Tensor | None = None
         documents, keys = self.mask.documents, self.mask.keys

@@ -3,12 +3,12 @@
     entry 0   . . a a a a | b b b    documents a and b after two tokens of padding
     entry 1   c c c c c c c . .      padding after c
     call 1    a a a a b b b c c c c c c c   with the bounds 0 4 7 14: only real tokens, one band below each diagonal
-    call 2    the padded queries after c, which see c and are not seen
+    call 2    the padding queries after c, which see c and are not seen
 
-The kernel aligns queries and keys of a sequence at their last token (FlashAttention 2.1, arXiv 2307.08691), as
-`attend` does, so chunks and decode need no mask of their own. Its log-sum-exp is natural, float32, (H, tokens).
+The kernel aligns the queries and keys of a sequence at their last token (FlashAttention 2.1, arXiv 2307.08691), as
+`attend` does, so chunks and decoding need no mask of their own. Its log-sum-exp is natural, float32, (H, tokens).
 
-All but the one call of torch is tested on a CPU, with a placeholder for that call. It has not yet been run on a GPU.
+Everything but the call of torch is tested on a CPU, with a placeholder for that call. It has not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zebra.kernels.request import Kernel, Mask, Request
 
 
 class Packing(NamedTuple):
-    """The sequences of one call, end to end."""
+    """The sequences of one call, concatenated."""
 
     queries: Tensor | None  # (n,), indices into the B * T queries, None for all in order
     keys: Tensor | None  # (m,), indices into the B * S keys, None for all in order
@@ -34,13 +34,13 @@ class Packing(NamedTuple):
     max_queries: int  # at least the queries of any sequence
     max_keys: int  # at least its keys
     window: tuple[int, int]  # of the last query: how many keys before and after its own it sees, -1 for all
-    valid: Tensor | None = None  # (n,) bool, which results count; None for all
+    valid: Tensor | None = None  # (n,) bool, which results to use; None for all
 
 
 def packings(mask: Mask, batch: int, queries: int, keys: int, device: torch.device) -> list[Packing]:
-    """The calls that together give every query which sees a key its result, each query once.
+    """The calls that together compute every query that sees a key, each query once.
 
-    The padding of a sequence stands before or after its tokens, not between them (`Mask.has_padding_holes`).
+    Padding must be before or after the tokens of a sequence, not between them (`Mask.has_padding_holes`).
     """
     left = -1 if mask.window is None else mask.window - 1
     if mask.keys is None and mask.documents is None:
@@ -90,10 +90,10 @@ def _bounds(lengths: Tensor) -> Tensor:
 
 
 def _aligned(packing: Packing, behind: Tensor, window: int) -> Packing:
-    """Padded queries under a window: each `behind` the last token sees `window - behind` tokens less.
+    """Padding queries under a window: one that is `behind` the last token sees the last `window - behind` tokens.
 
-    The kernel counts the window from the end of a sequence's queries, so all must end equally far behind their last
-    token: the shorter are filled up with copies of their last query, whose results do not count.
+    The kernel counts the window from a sequence's last query, so the last queries of all sequences must be equally far
+    behind the last token. Shorter sequences are filled up with copies of their last query, whose results are dropped.
     """
     assert packing.queries is not None
     lengths = packing.query_bounds.diff().long()
@@ -118,14 +118,14 @@ def _aligned(packing: Packing, behind: Tensor, window: int) -> Packing:
 
 @functools.cache
 def _groups_heads() -> bool:
-    """Whether this torch takes fewer key-value heads than query heads (2.12 and later say so)."""
+    """Whether this torch takes fewer key-value heads than query heads, as 2.12 and later do."""
     from torch.nn.attention import varlen as flash
 
     return "enable_gqa" in inspect.signature(flash.varlen_attn).parameters
 
 
 def varlen(request: Request) -> tuple[Tensor, Tensor | None]:
-    """Pack, call torch, and put each result back where its query was: out (B, H, T, D), lse (B, H, T)."""
+    """Pack the tokens, call torch, and put each result back where its query was: out (B, H, T, D), lse (B, H, T)."""
     # torch's module imports its compiler, which takes seconds.
     from torch.nn.attention import varlen as flash
 
