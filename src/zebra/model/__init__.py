@@ -1,1 +1,1 @@
-"""Models of transformers: attention registered with it; checkpoints loaded, converted, verified."""
+"""transformers models: attention registered with transformers, and checkpoints loaded, converted and verified."""

@@ -36,19 +36,19 @@ from zebra.provenance import git_commit, versions
 
 
 def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: Any) -> PreTrainedConfig:
-    """The config of a checkpoint.
+    """Read and check the config of a checkpoint.
 
-    Whether the head is tied, and the dtype where the config has none, follow from the tensors on disk: a merged adapter
-    of a tied model often has a head of its own.
+    The tensors on disk decide whether the head is tied, and the dtype where the config has none: a merged adapter of a
+    tied model often has a head of its own.
 
     Args:
-        routed: whether the family needs a route, as it does for stripes. Without one its own class runs it.
+        routed: whether the family must have a route, as stripes need. If not, its own class runs the model.
         kwargs: keyword arguments of `from_pretrained`, fields of the config among them.
 
     Raises:
-        ZebraError: no checkpoint there, a broken config.json, Python code of its own, a family without a route, or a
-            config whose stripes its own class would ignore while its cache obeys them (`generate` would be silently
-            wrong); as `check_checkpoint` and `check_fields`.
+        ZebraError: no checkpoint there, a broken config.json, Python code of its own, a family without a route or
+            without a causal language model, or a config whose layer_types its class ignores while its cache obeys them
+            (`generate` would be silently wrong); as `check_checkpoint` and `check_fields`.
     """
     subfolder = kwargs.get("subfolder", "")
     check_checkpoint(path, subfolder)
@@ -86,7 +86,7 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
 
 
 def own_fields(config: PreTrainedConfig) -> set[str]:
-    """The fields that a config's class has besides those of every config."""
+    """The fields of a config's class that are not fields of every config."""
     return {f.name for f in fields(type(config))} - {f.name for f in fields(PreTrainedConfig)}
 
 
@@ -97,16 +97,16 @@ _CODE = "trust_remote_code"
 def load_tokenizer(
     path: str | os.PathLike[str], config: PreTrainedConfig | None = None, *, trust_remote_code: bool | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or a GGUF file.
+    """Load and check the tokenizer of a checkpoint.
 
     Args:
-        config: of the model that reads its tokens.
+        config: the model's, to check that it has an embedding for each token; None leaves that out.
         trust_remote_code: run a tokenizer that is Python code of the checkpoint's own; None where the caller has no
             such option.
 
     Raises:
-        ZebraError: no tokenizer that can be read; one with code of its own that is not trusted; ids for which the model
-            has no embedding.
+        ZebraError: no tokenizer that can be read; one with code of its own that is not trusted; one that makes texts
+            much longer; ids for which the model has no embedding.
     """
     directory = as_directory(path)
     try:
@@ -114,7 +114,7 @@ def load_tokenizer(
             directory, trust_remote_code=bool(trust_remote_code)
         )
         largest = max(tokenizer.get_vocab().values(), default=-1)
-        tokenizer.encode("x")  # a vocabulary that lacks even its token for the unknown
+        tokenizer.encode("x")  # fails where the vocabulary lacks even its unknown token
     except ImportError as error:  # several lines of advice follow what it needs
         needs = _tokenizer_fault(directory) or first_line(error).partition(". ")[0]
         raise ZebraError(f"the tokenizer of {path} cannot be read: {needs}. Install that package by pip.") from None
@@ -144,7 +144,7 @@ def load_tokenizer(
 def _without_tokens_beyond(tokenizer: PreTrainedTokenizerBase, embeddings: int) -> PreTrainedTokenizerBase | None:
     """The tokenizer without tokens for which the model has no embedding; None where it needs one of them.
 
-    Gemma 3's has a token of images that its models of text lack, and many a tokenizer got a token of padding.
+    Gemma 3's has an image token that its text models lack, and padding tokens are often added without an embedding.
     """
     beyond = {token for token, i in tokenizer.get_vocab().items() if i >= embeddings}
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -172,11 +172,11 @@ def _without_tokens_beyond(tokenizer: PreTrainedTokenizerBase, embeddings: int) 
 
 
 _MOST_GROWTH = 64
-"""Characters into which a normalizer may turn one; Unicode's own forms make at most 18."""
+"""Characters that a normalizer may make of one; Unicode's normal forms make at most 18."""
 
 
 def _check_growth(tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike[str]) -> None:
-    """Reject a normalizer that lengthens texts so much that a short one fills the memory."""
+    """Reject a normalizer that makes texts so much longer that a short one fills the memory."""
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     longest = 0 if normalizer is None else max(len(normalizer.normalize_str(letter)) for letter in printable)
     if longest > _MOST_GROWTH:
@@ -198,7 +198,7 @@ def _tokenizer_fault(directory: str | os.PathLike[str]) -> str | None:
 
 
 def checkpoint_digests(path: str | os.PathLike[str]) -> dict[str, str]:
-    """What distinguishes checkpoints: a digest of each file except documentation; of zebra.json, its settings.
+    """Digests that tell checkpoints apart: of each file except documentation, and the settings in zebra.json.
 
     Only samples of the weights are read.
 
@@ -215,9 +215,9 @@ def checkpoint_digests(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def write_config(config: PreTrainedConfig, directory: Path) -> None:
-    """Write config.json with every field of its class, defaults too: another version's defaults may differ.
+    """Write config.json with every field of its class, also defaults, which may differ in another version.
 
-    The rope is written for transformers 4 too.
+    The rope is also written in the fields of transformers 4.
     """
     whole = config.to_dict()
     values = config.to_diff_dict() | {name: whole[name] for name in own_fields(config) if name in whole}
@@ -230,10 +230,10 @@ def write_config(config: PreTrainedConfig, directory: Path) -> None:
 def write_zebra_json(
     directory: Path, config: PreTrainedConfig, local: LocalAttention, *, source: Path | None, **more: Any
 ) -> None:
-    """Write zebra.json: the layout, with what config.json cannot express, its origin and the versions.
+    """Write zebra.json: the layout, what config.json cannot express, the checkpoint's origin and the versions.
 
     Args:
-        source: the checkpoint that it was made from; None for a model from scratch.
+        source: the checkpoint that this one was made from; None for a model from scratch.
         more: further fields.
     """
     origin = {
@@ -256,13 +256,13 @@ def _zebra_json(directory: Path) -> dict[str, Any]:
 
 
 def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAttention:
-    """The sinks and full decoding in a checkpoint's zebra.json; neither where it has none.
+    """Read the sinks and full decoding from a checkpoint's zebra.json; neither where it has none.
 
     Args:
         kwargs: keyword arguments of `from_pretrained`.
 
     Raises:
-        ZebraError: a broken zebra.json; an export for SGLang, whose config.json has a window of one key less.
+        ZebraError: a broken zebra.json; an export for SGLang, whose config.json has a window that is one key smaller.
     """
     if is_gguf(path):
         return LocalAttention()

@@ -1,4 +1,4 @@
-"""Checkpoints as models: loaded with attention "zebra" and the bounded cache, converted to stripes."""
+"""Load a checkpoint with attention "zebra" and the bounded cache, or convert it to stripes."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ _log = logging.getLogger(__name__)
 
 
 def best_device() -> str:
-    """A GPU if there is one: this process's own, under a launcher."""
+    """The GPU of this process (a launcher sets LOCAL_RANK) if there is one, else the CPU."""
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
 def device_memory(device: str) -> int | None:
-    """Bytes of memory of a device, in use or not; None where the system does not say."""
+    """The total memory of a device in bytes; None where the system does not tell."""
     if device.startswith("cuda"):
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -64,7 +64,7 @@ def device_memory(device: str) -> int | None:
 
 
 def read_device(name: str | None) -> str:
-    """A device of this machine by its name, the best one where None.
+    """Check that this machine has a device, and return its name; the best device where None.
 
     Raises:
         ZebraError: no such device here.
@@ -82,10 +82,10 @@ def read_device(name: str | None) -> str:
 
 
 def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating-point dtype by its name.
+    """A floating-point dtype by its name, such as "bfloat16".
 
     Raises:
-        ZebraError: another name.
+        ZebraError: any other name.
     """
     name = str(dtype).removeprefix("torch.")
     check_dtype(name)
@@ -93,7 +93,7 @@ def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def device_name(device: torch.device | str) -> str:
-    """The device as results name it."""
+    """The name of a device in results."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu, {torch.get_num_threads()} threads"
@@ -117,32 +117,32 @@ def load(
     full_decode: bool | None = None,
     **from_pretrained_arguments: Any,
 ) -> PreTrainedModel:
-    """A checkpoint as a transformers model that runs attention "zebra", with sliding-window layers where given.
+    """Load a checkpoint as a transformers model with attention "zebra", and with stripes where given.
 
-    It is a stock class of transformers: it trains, saves, generates and evaluates like any other. `generate` uses the
-    bounded cache. Do not call `set_attn_implementation` on it: transformers would then compute local layers at full
-    cost, and sinks, full decoding and Self-Extend would be lost.
+    The class is a stock class of transformers: the model trains, saves, generates and evaluates like any other, and
+    `generate` uses the bounded cache. Do not call `set_attn_implementation` on it: transformers would then compute
+    local layers at full cost, and sinks, full decoding and Self-Extend would be lost.
 
     Args:
-        path: a directory that transformers saved, a GGUF file, or a name of the hub, OWNER/NAME.
-        stripes: a layout, or its notation such as "GLLL:512", "GLLL:512+4" with sinks; None keeps what the checkpoint
-            has, and the sinks of its zebra.json.
+        path: a directory that transformers saved, a GGUF file, or the name of a model on the hub, OWNER/NAME.
+        stripes: a layout, or its notation such as "GLLL:512", or "GLLL:512+4" with sinks. None keeps the checkpoint's
+            layout, and the sinks in its zebra.json.
         rope: a change of the rope, or its notation such as "yarn:8"; see `zebra.model.rope`. A model whose rope changes
             with length (dynamic NTK) reads whole texts only, without a cache.
         self_extend: Self-Extend in the global layers, or its notation such as "8:1024" or "auto:16384". A family
-            without a route is served too, without stripes, if its rope can be rotated again, which is tried here.
+            without a route can have it too, without stripes, if its rope can be rotated again, which is tested here.
             config.json has no field for it: a saved checkpoint is without it, and `set_attn_implementation` drops it.
-        window: another window for the local layers than the layout's, commonly a larger one.
-        full_decode: local layers read the prompt by their window, and keep all keys, which decoded tokens see; None
-            uses the setting of the checkpoint's zebra.json. It costs the cache and the decoding of full attention.
-        from_pretrained_arguments: as `from_pretrained` has them: dtype, device_map, revision, subfolder, ..., and
+        window: a window for the local layers in place of the layout's, commonly a larger one.
+        full_decode: local layers read the prompt with their window but keep all keys, and decoded tokens see all of
+            them. Cache and decoding then cost as much as full attention. None takes the checkpoint's zebra.json.
+        from_pretrained_arguments: arguments of `from_pretrained`: dtype, device_map, revision, subfolder, ..., and
             fields of the config by name.
 
     Raises:
-        ZebraError: no or a corrupt checkpoint, or quantised weights that transformers cannot load here; a family
-            without a route; a layout or a rope that does not fit the
-            model; a window or full decoding without local layers; an argument that `load` sets itself; and, for
-            Self-Extend, as `resolve_self_extend` and `set_self_extend`.
+        ZebraError: no checkpoint, or a corrupt one; quantised weights that transformers cannot load here; a family
+            without a route; a layout or a rope that does not fit the model; a window or full decoding without local
+            layers; an argument that `load` sets itself; with Self-Extend as `resolve_self_extend` and
+            `set_self_extend`.
     """
     for name, why in _REJECTED.items():
         if from_pretrained_arguments.get(name, False) is not False:
@@ -237,13 +237,13 @@ def convert(
     rope: Rope | str | None = None,
     full_decode: bool = False,
 ) -> Path:
-    """A copy of a checkpoint with stripes, which plain transformers loads: only its config.json differs.
+    """Write a copy of a checkpoint with stripes, which plain transformers loads: only its config.json differs.
 
-    Without stripes its layout stays, and its rope changes, or a GGUF file becomes such a checkpoint.
+    Without stripes the layout stays, and the rope changes or a GGUF file becomes a checkpoint of transformers.
 
-    Weight files are hard links where the file system allows, copies elsewhere; never rewritten. `zebra.json` beside
-    them keeps layout, source and versions, and what config.json has no field for: sinks and full decoding, with a
-    warning that only `zebra.load` reads them. The target is written atomically.
+    Weight files are hard links where the file system allows it, else copies; they are never rewritten. `zebra.json`
+    has the layout, the source, the versions, and what config.json has no field for: sinks and full decoding. A warning
+    says that only `zebra.load` reads these. The target is written atomically, and its path returned.
 
     Raises:
         ZebraError: as `check_conversion` and `converted_config`; weights that `load` rejects.
@@ -280,7 +280,7 @@ def write_converted(source: Path, target: Path, config: PreTrainedConfig, local:
     """Write, atomically, a checkpoint that shares its source's weight files and has another config.
 
     Args:
-        local, more: for its zebra.json.
+        local, more: for zebra.json.
     """
     with converted_folder(source, target, config, local, **more):
         pass

@@ -1,4 +1,4 @@
-"""The options of loading, declared once for everything that loads a checkpoint: generating, perplexity, retrieval."""
+"""The options for loading a model, declared once for all that loads one: generating, perplexity, retrieval."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class LoadOptions:
         stripes, rope, self_extend, window, full_decode: as `zebra.load` has them.
         dtype: None takes the checkpoint's own.
         device: None takes a GPU if there is one.
-        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own. Models are classes of
-            transformers in any case.
+        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own. Models are always classes of
+            transformers.
     """
 
     stripes: Stripes | str | None = None
@@ -43,13 +43,13 @@ class LoadOptions:
 
     @classmethod
     def of(cls, options: Mapping[str, Any], others: type[Any] | None = None) -> tuple[LoadOptions, dict[str, Any]]:
-        """The options of loading among others, and the rest.
+        """Split options into those for loading and the rest.
 
         Args:
-            others: the dataclass that has the rest as fields.
+            others: a dataclass whose fields are the other options.
 
         Raises:
-            ZebraError: the name of an option that neither has.
+            ZebraError: an option that neither class has.
         """
         own = [field.name for field in fields(cls)]
         check_names(options, own + [field.name for field in (fields(others) if others else ())])
@@ -71,7 +71,7 @@ class LoadOptions:
             read_dtype(self.dtype)
 
     def config(self, checkpoint: str | os.PathLike[str]) -> PreTrainedConfig:
-        """The checkpoint's config with its rope changed, before anything is loaded; its layout is not yet this one's.
+        """The checkpoint's config with `rope` applied but not `stripes`, before any weights are read.
 
         Raises:
             ZebraError: as `read_config` and the rope.
@@ -80,7 +80,7 @@ class LoadOptions:
         return as_rope(self.rope).apply(read_config(checkpoint, routed=routed))
 
     def self_extend_setting(self, config: PreTrainedConfig) -> SelfExtend | None:
-        """The setting of Self-Extend for a model.
+        """The setting of Self-Extend for a model; None without it.
 
         Raises:
             ZebraError: as `resolve_self_extend`.
@@ -98,13 +98,13 @@ class LoadOptions:
     def config_and_tokenizer(
         self, model: PreTrainedModel | str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase | None = None
     ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-        """What is known before the weights are read: of a checkpoint, or of a model that is loaded.
+        """The config and the tokenizer of a loaded model, or of a checkpoint before its weights are read.
 
         Args:
             tokenizer: the checkpoint's own where None.
 
         Raises:
-            ZebraError: options for loading with a loaded model, or that has no tokenizer; as `config` and `tokenizer`.
+            ZebraError: loading options, or no tokenizer to find, for a loaded model; as `config` and `tokenizer`.
         """
         if not isinstance(model, PreTrainedModel):
             config = self.config(model)
@@ -116,7 +116,7 @@ class LoadOptions:
         return model.config, tokenizer or self.tokenizer(model.name_or_path, model.config)
 
     def model(self, checkpoint: str | os.PathLike[str]) -> PreTrainedModel:
-        """The loaded model on its device.
+        """Load the model onto its device.
 
         Raises:
             ZebraError: as `read_device` and `load`.
@@ -132,7 +132,7 @@ _NOT_THE_MODEL = ("device", "trust_remote_code")
 
 
 def loaded_layout_name(model: PreTrainedModel, rope: Rope | str | None = None) -> str:
-    """The layout of a loaded model as results name it, with a change of rope, full decoding and Self-Extend."""
+    """The layout of a loaded model in results, with a change of the rope, full decoding and Self-Extend."""
     setting = self_extend_of(model)
     name = layout_name(model.config, local_attention_of(model), rope)
     return name + (f", self-extend {setting}" if setting else "")

@@ -1,14 +1,14 @@
-"""Changes of the rotary position embedding (rope) as transformers has them: other `rope_parameters` in the config.
+"""Changes of a model's rotary position embedding (rope): other `rope_parameters` in its config.
 
     linear:8          every angle divided by 8 (position interpolation, arXiv 2306.15595)
     yarn:8            slow angles divided, fast ones unchanged, a ramp between (YaRN, arXiv 2309.00071)
-    llama3:8          the same idea with Llama 3.1's ramp
+    llama3:8          the same with Llama 3.1's ramp
     base:5000000      a larger base: slow angles become slower (arXiv 2309.16039)
     dynamic:1         dynamic NTK: a base that grows with the text beyond the trained length; evaluation only
-    none              the rope as it is
+    none              no change
 
-transformers computes the frequencies; nothing is computed here. Where a model has a rope for each kind of layer, that
-of the global layers alone changes: a local layer never looks beyond its window.
+transformers computes the frequencies. In a model with one rope for each kind of layer, only that of the global layers
+changes: a local layer never looks beyond its window.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Rope:
     """A change of the rope: its kind, and the factor or the base.
 
     Raises:
-        ZebraError: an unknown kind, a number where none belongs or none where one does, a factor that does not extend.
+        ZebraError: an unknown kind, a kind without its number or `none` with one, a factor that does not extend.
 
     Example:
         >>> Rope.parse("yarn:8").amount
@@ -59,7 +59,7 @@ class Rope:
 
     @classmethod
     def parse(cls, text: str) -> Rope:
-        """Read the notation that `str()` prints."""
+        """Parse the notation that `str()` prints."""
         kind, colon, amount = str(text).strip().partition(":")
         if colon and not re.fullmatch(r"\s*[0-9]+(\.[0-9]*)?([eE][+]?[0-9]+)?\s*", amount):
             raise ZebraError(f"a rope is written KIND:NUMBER; got {text!r}. Write for example yarn:8, or none.")
@@ -69,10 +69,10 @@ class Rope:
         return self.kind if self.amount is None else f"{self.kind}:{self.amount:.15g}"
 
     def apply(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The config with this rope, and as many positions as it reaches where its kind determines them.
+        """The config with this rope; linear, yarn and llama3 also multiply max_position_embeddings by the factor.
 
         Raises:
-            ZebraError: a rope that is scaled already, a base that is not larger, a model where no global layer has one.
+            ZebraError: as `reason_against`: a rope that is scaled already, a base that is not larger, no rope, ...
         """
         if self.kind == "none":
             return config
@@ -96,7 +96,7 @@ class Rope:
         return result
 
     def reason_against(self, config: PreTrainedConfig) -> str | None:
-        """Why the rope of a model cannot change into this one, with the remedy, or None."""
+        """Why a model's rope cannot be changed into this one, with the remedy; None where it can."""
         parameters = getattr(config, "rope_parameters", None) or {}
         by_kind = GLOBAL in parameters
         old = parameters[GLOBAL] if by_kind else parameters
@@ -119,20 +119,20 @@ class Rope:
 
 
 def as_rope(rope: Rope | str | None) -> Rope:
-    """A rope, its notation, or None for the rope as it is."""
+    """Return a `Rope` from one, from its notation, or from None for no change."""
     return rope if isinstance(rope, Rope) else Rope.parse(rope or "none")
 
 
 def changes_with_length(config: PreTrainedConfig) -> str | None:
-    """The type of a rope whose frequencies depend on the text's length, so that a cache would mix them; or None."""
+    """The type of a rope whose frequencies depend on the text's length, so that a KV cache would mix them; or None."""
     return next((kind for kind in map(rope_type, ropes_of(vars(config))) if kind in LENGTH_DEPENDENT), None)
 
 
 def with_explicit_yarn_factor(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config with the factor of its YaRN rope written out.
 
-    Without it transformers takes the factor from max_position_embeddings: a model that is to read more positions would
-    come back with another rope.
+    Without it transformers derives the factor from max_position_embeddings: a model that is loaded with more positions
+    would have another rope.
     """
     result = copy.deepcopy(config)
     for rope in ropes_of(vars(result)):
@@ -142,14 +142,14 @@ def with_explicit_yarn_factor(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 _LOCAL_BASE = {"gemma3_text": "rope_local_base_freq", "olmo3": None}
-"""Families of transformers 4 with a rope for each kind of layer, and its field for the base of local layers."""
+"""Families with a rope for each kind of layer in transformers 4, and the field there for the local layers' base."""
 
 
 def older_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """A config's rope in the fields of transformers 4, which does not know `rope_parameters` and would use defaults.
 
-    Where those fields cannot describe it, or its class ignores `layer_types`, `rope_theta` is a text at which
-    transformers 4 stops with an error.
+    Where those fields cannot describe the rope, or the class there ignores `layer_types`, `rope_theta` is a string that
+    makes transformers 4 stop with an error.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     by_kind = GLOBAL in rope
@@ -189,7 +189,7 @@ def check_fixed_rope(config: PreTrainedConfig, purpose: str) -> None:
 def length_dependent_rope_hook(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """A forward pre-hook of a model whose rope changes with length: no cache, and each text by its own length.
+    """Forward pre-hook for a rope that changes with length: no cache, and frequencies by each text's own length.
 
     Raises:
         ZebraError: a call with a cache.
@@ -201,7 +201,7 @@ def length_dependent_rope_hook(
         )
     import torch  # recipes read the notation without it
 
-    # transformers remembers the longest text; a short one brings it back to the frequencies of the trained length.
+    # transformers remembers the longest text; a short one resets it to the frequencies of the trained length.
     start = torch.zeros(1, 1, dtype=torch.long, device=module.device)
     by_kind = [{"layer_type": kind} for kind in (GLOBAL, LOCAL) if kind in module.config.rope_parameters]
     for kind in by_kind or [{}]:
