@@ -2,8 +2,8 @@
 
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="zebra")
 
-The function and its mask function stand under one name: a function registered alone would silently lose the window
-and the padding. The mask function never builds an N x N tensor; it hands down the 2-D mask of the keys, or None.
+The attention function and the mask function are registered under one name: the attention function alone would silently
+lose the window and the padding. The mask function never builds an N x N tensor; it returns the 2-D mask, or None.
 
 `torch.compile` and `torch.export` see attention on a CPU as one operator (`zebra.model.operator`). Overrides,
 arguments that name packed documents, and other devices break the graph.
@@ -31,8 +31,8 @@ NAME = "zebra"
 IGNORED_KWARGS = frozenset(
     {"is_causal", "num_items_in_batch", "output_hidden_states", "output_router_logits", "tokenizer", "use_cache"}
 )
-"""Arguments that models pass to every layer and attention need not read; `generate` passes its tokenizer on. Any other
-goes to the kernels, which decline what they do not know: an argument is never ignored in silence."""
+"""Arguments that models pass to every layer and attention need not read; `generate` passes its tokenizer. All others go
+to the kernels, which decline what they do not know, so that no argument is silently ignored."""
 
 
 def zebra_attention(
@@ -52,22 +52,21 @@ def zebra_attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in every layer.
 
-    A layer with an override attends by that (`zebra.model.override`): under Self-Extend, with sinks, with full
-    decoding.
+    A layer with an override is computed by that (`zebra.model.override`): Self-Extend, sinks, full decoding.
 
     Args:
         query: (B, H, T, D), rotated.
-        key: (B, K, S, D), rotated; or an object in which one of our cache layers passes its keys on.
+        key: (B, K, S, D), rotated; or an object with the keys, from one of zebra's cache layers.
         value: (B, K, S, D).
         attention_mask: what `zebra_mask` returned, (B, at most S) bool, or None.
-        sliding_window: the layer's window, counted as we do; None in a global layer. Where a model keeps it on the
-            layer and hands none down (Qwen 2 MoE), it is read there.
-        s_aux: (H) a learned score in each head's softmax that no value stands behind (Granite SWA, gpt-oss).
+        sliding_window: the layer's window, a query's own key included; None in a global layer. Where a model does not
+            pass it but keeps it on the layer (Qwen 2 MoE), it is read there.
+        s_aux: (H), a learned score in each head's softmax that has no value: the sinks of Granite SWA and gpt-oss.
         position_ids: (1 or B, T).
         kwargs: those that name packed documents, as positions do (`zebra.model.documents`); others go to the kernels.
 
     Returns:
-        (B, T, H, D), and None for the weights, which no fast kernel has.
+        (B, T, H, D), and None in place of the attention weights, which the kernels never form.
 
     Raises:
         ValueError: a 4-D mask, which would replace the layout of every layer; a layer that is not causal, or whose
@@ -77,7 +76,7 @@ def zebra_attention(
     """
     _check_supported(module, attention_mask, kwargs)
     if attention_mask is not None and attention_mask.shape[1] < value.shape[2]:
-        # A static cache hands over its whole buffer; the mask ends where the real keys end.
+        # A static cache passes its whole buffer; the mask ends where the real keys end.
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]
     others = {
         name: value
@@ -115,7 +114,7 @@ def _check_supported(module: nn.Module, attention_mask: Tensor | None, arguments
 
 
 def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
-    """What the sinks' scores s (H) leave to the keys, out exp(lse) / (exp(lse) + exp(s)): (B, T, H, D)."""
+    """The output with learned sink scores s (H) in the softmax, out exp(lse) / (exp(lse) + exp(s)): (B, T, H, D)."""
     if sink.shape != lse.shape[1:2]:
         raise ValueError(f"s_aux has one score for each head, {lse.shape[1]}; got the shape {tuple(sink.shape)}.")
     share = torch.sigmoid(lse - sink[:, None]).transpose(1, 2).unsqueeze(-1)
@@ -133,9 +132,9 @@ def _attend(
     window: int | None,
     arguments: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The layer's override or `attend`: (B, T, H, D) and (B, H, T).
+    """Run the layer's override, or `attend`: (B, T, H, D) and (B, H, T).
 
-    arguments: those that name packed documents, and others of `attend`.
+    arguments: those that name packed documents, and further ones of `attend`.
     """
     _check_layout(module, window)
     packing = {name: arguments.pop(name, None) for name in PACKING_KWARGS}
@@ -149,7 +148,7 @@ def _attend(
 
 
 def _check_layout(module: nn.Module, window: int | None) -> None:
-    """Check that a layer's window is the one of its model's config, of which the cache and others read the layout."""
+    """Check that a layer's window is that of the model's config, from which the cache and others read the layout."""
     config: Any = getattr(module, "config", None)
     kinds = getattr(config, "layer_types", None)
     beyond_layer_types = getattr(get_override(module), "beyond_layer_types", False)
@@ -178,24 +177,24 @@ def zebra_mask(
 ) -> Tensor | None:
     """The mask function that transformers calls once for each kind of layer.
 
-    The layer's keys are the tokens [kv_offset, kv_offset + kv_length) of the sequence. A static cache may count
-    more keys than there are tokens yet; then the mask that is returned ends with the real ones.
+    The keys of these layers are the tokens [kv_offset, kv_offset + kv_length) of the sequence. A static cache may count
+    more keys than there are tokens so far; the mask that is returned then ends with the last token.
 
     Args:
         attention_mask: (B, tokens), or None.
 
     Returns:
-        The 2-D mask of that kind's keys, (B, at most kv_length), or None where all are real.
+        The 2-D mask of the keys of that kind, (B, at most kv_length), or None where all are real.
 
     Raises:
-        ZebraError: a mask without the cached tokens; not while a graph is traced, whose lengths may not be known.
+        ZebraError: a mask without the cached tokens. Not checked while tracing, when lengths may not be known.
     """
     real = int(q_offset) + q_length - kv_offset
     if attention_mask is None:
         if real >= kv_length:
             return None
         return torch.ones(batch_size, real, dtype=torch.bool, device=device)
-    traced = torch.compiler.is_compiling()  # whether all keys are real then shows when the program runs
+    traced = torch.compiler.is_compiling()  # whether all keys are real is then known only at run time
     if not traced and (tokens := attention_mask.shape[1]) < kv_offset + real:
         raise ZebraError(
             f"attention_mask has an entry for each token, cached ones too: {kv_offset + real} here; got {tokens}. "

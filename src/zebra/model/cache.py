@@ -1,6 +1,6 @@
-"""transformers' hybrid cache, truly bounded, and grown with slack instead of copied at every token.
+"""transformers' hybrid KV cache with truly bounded memory, and with spare room instead of a copy for every token.
 
-`StripedCache` differs from `DynamicCache` in these two things only (`cache_layers`), and has layers of its own for
+`StripedCache` differs from `DynamicCache` only in these two ways (`cache_layers`), and has layers of its own for
 Self-Extend, sinks and full decoding (`opaque_layers`).
 """
 
@@ -19,13 +19,14 @@ from zebra.model.opaque_layers import FullDecodeLayer, SelfExtendLayer, SinkLaye
 
 
 class StripedCache(DynamicCache):
-    """`DynamicCache(config=...)` with layers of ours: the default of `generate` after `zebra.load`.
+    """`DynamicCache(config=...)` with zebra's layers: the default of `generate` after `zebra.load`.
+
+    `zebra.model.self_extend.bounded_cache` reads the arguments off a loaded model.
 
     Args:
-        windows: Self-Extend's neighbour window of each layer that has it. `zebra.model.self_extend.bounded_cache` reads
-            the windows off a model, and what local layers need.
-        sinks: of each local layer.
-        full_decode: whether local layers keep all, for decoded tokens to see.
+        windows: by layer index, the neighbour window of each layer that has Self-Extend.
+        sinks: number of sinks in each local layer.
+        full_decode: whether local layers keep all keys, for decoded tokens to see.
     """
 
     layers: list[Any]
@@ -50,24 +51,24 @@ class StripedCache(DynamicCache):
                 self.layers[i] = GrowingLayer()
 
     def set_prompt_length(self, tokens: int) -> None:
-        """Set how many tokens of each sequence, padding counted, are the prompt; those behind them are decoded."""
+        """Set how many tokens of each sequence, padding counted, are the prompt; those after them are decoded."""
         for layer in self.layers:
             if isinstance(layer, FullDecodeLayer):
                 layer.prompt_length = tokens
 
     def tails(self) -> list[Tail] | None:
-        """Copies of what local layers and Self-Extend's near keys hold now, with which `cut` returns to this length.
+        """Copies of what local layers and Self-Extend's near keys hold now, with which `cut` can return to this length.
 
-        None where a layer is not one of ours.
+        None where a layer is not one of zebra's.
         """
         return [layer.tail() for layer in self.layers] if self._is_cuttable() else None
 
     def cut(self, length: int, tails: Sequence[Tail | None] | None = None) -> StripedCache | None:
-        """A cache of the first `length` tokens, which shares storage until it appends; this one stays as it is.
+        """A cache of the first `length` tokens, which shares storage until it appends; this one does not change.
 
         Args:
-            tails: those that were taken at this length. Without them a layer can be cut only while it holds all of
-                its tokens.
+            tails: what `tails` returned at this length. Without them a layer can be cut only while it holds all
+                tokens.
 
         Returns:
             None where a layer has dropped tokens that it needs.
@@ -85,12 +86,12 @@ class StripedCache(DynamicCache):
         return all(isinstance(layer, CuttableLayer) for layer in self.layers)
 
     def kv_bytes(self) -> int:
-        """Bytes of storage that the cache holds now, in all layers."""
+        """Bytes of storage that all layers of the cache hold now."""
         return kv_bytes(vars(layer) for layer in self.layers if layer.is_initialized)
 
 
 def kv_bytes(layers: Iterable[Mapping[str, Any]]) -> int:
-    """Bytes of storage behind the keys and values of cache layers, or of their tails; what they share counts once."""
+    """Bytes of storage behind the keys and values of cache layers, or of their tails; shared storage counts once."""
     names = ("keys", "values", "near", "sink_keys", "sink_values")
     states = (layer[name] for layer in layers for name in names if isinstance(layer.get(name), Tensor))
     return sum({one.data_ptr(): one.nbytes() for one in (state.untyped_storage() for state in states)}.values())

@@ -1,10 +1,10 @@
-"""Layers of a cache that hold keys and values alone: all of them, or those within the window; grown with slack.
+"""Cache layers for plain attention: keys and values of all tokens, or of those in the window, with spare room.
 
-    global layer        [k0 k1 k2 k3 k4 k5 k6 k7 ...|    ]     grows with the text, a quarter of it at a time
-    local layer                          [k5 k6 k7|  ]         the last window - 1, and a quarter of that to move in
+    global layer        [k0 k1 k2 k3 k4 k5 k6 k7 ...|    ]     grows with the text, by a quarter at a time
+    local layer                          [k5 k6 k7|  ]         the last window - 1, and a quarter of that as room
 
-transformers' own local layer shows `window - 1` keys but, after a long prefill, still holds the storage of all of them
-through a view; and both of its layers copy everything they hold for each new token.
+The local layer of transformers keeps `window - 1` keys, but after a long prefill as a view, which holds the storage of
+all of them. Both of its layers copy everything that they hold for each new token.
 
 All keys and values are (B, K, tokens, D).
 """
@@ -22,10 +22,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 class GrowingBuffer:
-    """Storage with room behind the tokens of a layer: appending a few writes in place.
+    """Storage with spare room behind a layer's tokens, so that a few more are appended in place.
 
-    Only after the tensor that it returned last. Any other one (reordered, cropped, set from outside) is copied, so that
-    two caches that share a beginning never write into each other.
+    Only the tensor that it returned last is extended in place. Any other (reordered, cropped, set from outside) is
+    copied, so that two caches with a common prefix never write into each other.
     """
 
     def __init__(self) -> None:
@@ -35,14 +35,14 @@ class GrowingBuffer:
         return GrowingBuffer, ()
 
     def append(self, states: Tensor, new: Tensor, limit: int | None = None) -> Tensor:
-        """`states` (B, K, n, D) or empty, then `new` (B, K, t, D).
+        """Append `new` (B, K, t, D) to `states` (B, K, n, D) or empty.
 
-        The buffer has at most n + t tokens, or 1.25 of those that stay: all of them, or the last `limit`.
+        The buffer has room for n + t tokens, or for up to 1.25 times those that stay (all, or the last `limit`).
         """
         if states.numel() == 0:
             return new.clone(memory_format=torch.contiguous_format)
         unlike = states.dtype != new.dtype or states.shape[:2] != new.shape[:2]
-        if unlike or torch.is_grad_enabled():  # a write in place would spoil what a backward needs
+        if unlike or torch.is_grad_enabled():  # a backward needs what a write in place would change
             return torch.cat([states, new], dim=-2)
         n, t, size = states.shape[-2], new.shape[-2], states.shape[-1]
         read_only = states.is_inference() and not torch.is_inference_mode_enabled()  # torch forbids writing into it
@@ -53,14 +53,14 @@ class GrowingBuffer:
                 grown[:, :, n:] = new
                 return self._remember(grown)
         staying = n + t if limit is None else min(n + t, limit)
-        # Another prefill as long as this one is not to be expected.
+        # No room after many new tokens: another long prefill is not expected.
         slack = max(0, staying + staying // 4 - (n + t)) if t <= n // 4 else 0
         buffer = states.new_empty(*states.shape[:2], n + t + slack, size)
         buffer[:, :, :n], buffer[:, :, n : n + t] = states, new
         return self._remember(buffer[:, :, : n + t])
 
     def last(self, states: Tensor, count: int) -> Tensor:
-        """The last `count` tokens, copied where the buffer behind them is more than a quarter, or a token, larger."""
+        """The last `count` tokens, copied if their buffer is larger by more than a quarter and more than a token."""
         tail = states[:, :, max(0, states.shape[-2] - count) :]
         allowed = tail.shape[-2] + max(1, tail.shape[-2] // 4)
         if tail.untyped_storage().nbytes() > allowed * states[:, :, :1].numel() * states.element_size():
@@ -76,13 +76,13 @@ class GrowingBuffer:
 
 
 Tail = dict[str, Any]
-"""What a cache layer holds of the end of a text alone, by the names of its attributes."""
+"""What a cache layer holds of the end of a text only, by attribute name."""
 
 
 class CuttableLayer(DynamicLayer):
-    """A layer that can return to an earlier length without reading again: what it holds of all tokens is sliced.
+    """A layer that can return to an earlier length without another prefill: what it holds of all tokens is sliced.
 
-    What it holds of the last tokens only (`_TAIL`) comes from a copy that was taken at that length.
+    What it holds of the last tokens only (`_TAIL`) is restored from a copy that was taken at that length.
     """
 
     keys: Tensor
@@ -95,7 +95,7 @@ class CuttableLayer(DynamicLayer):
         return {name: state.clone() if isinstance(state, Tensor) else state for name, state in states.items()}
 
     def cut(self, length: int, tail: Tail | None = None) -> Self | None:
-        """A layer with the first `length` tokens, which appends to storage of its own; this one stays as it is.
+        """A layer with the first `length` tokens, which appends to storage of its own; this one does not change.
 
         Returns:
             None where tokens before `length` that it needs are gone, and there is no tail of that length.
@@ -110,19 +110,19 @@ class CuttableLayer(DynamicLayer):
         return layer
 
     def _sliced_tail(self, length: int) -> Tail | None:
-        """The tail at an earlier length, of what the layer holds now; None where that is not enough."""
+        """The tail at an earlier length, from what the layer holds now; None where that is not enough."""
         raise NotImplementedError
 
 
 class GrowingLayer(CuttableLayer):
-    """transformers' global layer, grown with slack."""
+    """transformers' global layer, with spare room to grow."""
 
     def __init__(self) -> None:
         super().__init__()
         self._key_buffer, self._value_buffer = GrowingBuffer(), GrowingBuffer()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Append new keys and values (B, K, T, D); return all, (B, K, S, D)."""
+        """Append new keys and values (B, K, T, D); return all of them, (B, K, S, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self._key_buffer.append(self.keys, key_states)
@@ -143,7 +143,8 @@ class GrowingLayer(CuttableLayer):
 class TrimmedSlidingLayer(DynamicSlidingWindowLayer, CuttableLayer):
     """transformers' local layer, which frees the storage of the tokens that it no longer needs.
 
-    While past states are recorded (assisted decoding), all tokens stay until transformers crops them, as in its own.
+    While past states are recorded (assisted decoding), all tokens stay until transformers crops them, as in its own
+    layer.
     """
 
     _TAIL: ClassVar[tuple[str, ...]] = ("keys", "values", "cumulative_length")
@@ -190,7 +191,7 @@ class PerSequenceStates(DynamicLayer):
     _STATES: ClassVar[tuple[str, ...]]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the beams in another order, (B)."""
+        """Reorder the sequences by beam index, (B)."""
         super().reorder_cache(beam_idx)
         self._replace_states(lambda states: states.index_select(0, beam_idx.to(states.device)))
 
@@ -200,7 +201,7 @@ class PerSequenceStates(DynamicLayer):
         self._replace_states(lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some sequences."""
+        """Keep the sequences at these indices."""
         super().batch_select_indices(indices)
         self._replace_states(lambda states: states[indices, ...])
 

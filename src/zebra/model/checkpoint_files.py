@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's path, a conversion's target and a notation that need no torch.
+"""Checks without torch: of a checkpoint's path and config, a conversion's target, and the notation of stripes.
 
 The command line runs them before it imports torch, and `zebra.load` and `zebra.convert` run the same ones.
 """
@@ -28,14 +28,14 @@ def check_dtype(name: str) -> None:
     """Check the name of a floating-point dtype.
 
     Raises:
-        ZebraError: another name.
+        ZebraError: any other name.
     """
     if name not in DTYPES:
         raise ZebraError(f"a dtype is one of {', '.join(DTYPES)}; got {name!r}. Choose one.")
 
 
 def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
-    """Check that a path may be a checkpoint: a directory with a config.json, a GGUF file, or a name of the hub.
+    """Check that a path may be a checkpoint: a directory with a config.json, a GGUF file, or a model's name on the hub.
 
     Raises:
         ZebraError: no such directory, a peft adapter, no config.json, one that is not a JSON object, or such a
@@ -71,11 +71,11 @@ def _check_generation(file: Path) -> None:
 
 
 def check_gguf(path: Path) -> None:
-    """Check that a GGUF file can be read: its header describes a model that is known, and no weight is cut off.
+    """Check that a GGUF file can be read: its header describes a known model, and no tensor is cut off.
 
     Raises:
-        ZebraError: as `read_header`, `config_fields` and `check_fields`; no package gguf; a type of tensor that it
-            does not know, or a truncated file.
+        ZebraError: as `read_header`, `config_fields` and `check_fields`; no package gguf; a tensor type that it does
+            not know, or a truncated file.
     """
     header = read_header(path)
     check_fields(config_fields(header), str(path))
@@ -94,10 +94,10 @@ def check_gguf(path: Path) -> None:
 
 
 def check_gguf_package(path: str | os.PathLike[str]) -> None:
-    """Check that a GGUF file can be read or written here.
+    """Check that the package gguf is installed, which reads and writes GGUF files.
 
     Raises:
-        ZebraError: no package gguf.
+        ZebraError: it is not.
     """
     if importlib.util.find_spec("gguf") is None:
         raise missing_package(str(path), "the package gguf", "gguf")
@@ -121,7 +121,7 @@ def _adapter_alone(path: Path, file: Path) -> ZebraError:
 
 
 def _adapter_beside_base(path: str | os.PathLike[str]) -> ZebraError:
-    """The error for a checkpoint that also holds a peft adapter, which transformers would apply without a message."""
+    """The error for a checkpoint that also has a peft adapter, which transformers would apply silently."""
     return ZebraError(
         f"{path} is a whole checkpoint with a peft adapter beside it, so that it names two models. Move "
         "adapter_config.json and adapter_model.safetensors into another folder, ADAPTER, to take the base alone. For "
@@ -136,19 +136,19 @@ _POSITIVE |= {"max_position_embeddings", "head_dim", "query_pre_attn_scalar", "r
 _POSITIVE |= {"attn_logit_softcapping", "final_logit_softcapping", "logits_scaling"}
 _COUNTS = {"num_hidden_layers": 1000, "num_attention_heads": 10**5, "num_key_value_heads": 10**5}
 _COUNTS |= {"hidden_size": 10**6, "intermediate_size": 10**7, "vocab_size": 10**8}
-"""The largest counts that a machine of today could build in minutes; the deepest published model has 1,000 layers."""
+"""The largest counts that a machine could build in minutes today; the deepest published model has 1,000 layers."""
 
 
 def check_fields(fields: Mapping[str, Any], name: str) -> None:
-    """Check the numbers of a config whose faults do not show in the shape of any tensor.
+    """Check the values of a config whose errors would not show in the shape of any tensor.
 
     Args:
-        name: the checkpoint's, for the error.
+        name: of the checkpoint, for the error.
 
     Raises:
         ZebraError: a number that is not finite, or not above 0 where it divides, scales or counts; a count beyond any
-            machine; a padding token without an embedding; weights that lie in files of other names than transformers'
-            own; a quantization_config that is no object.
+            machine; a padding token without an embedding; weight files with other names than transformers' own; a
+            quantization_config that is no object.
     """
     if not isinstance(settings := fields.get("quantization_config"), Mapping | None):
         raise ZebraError(
@@ -176,13 +176,13 @@ def check_fields(fields: Mapping[str, Any], name: str) -> None:
 
 
 def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Args:
-        remedy: the last sentence of an error.
+        remedy: the last sentence of an error message.
 
     Raises:
-        ZebraError: the file is not JSON, or its value is not an object.
+        ZebraError: the file cannot be read, is not JSON, or has a value that is no object.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -199,14 +199,14 @@ def check_conversion(
     stripes: Stripes | str | None,
     rope: Rope | str | None = None,
 ) -> None:
-    """Check the arguments of `zebra.convert`, as far as that needs no torch.
+    """Check the arguments of `zebra.convert`, as far as possible without torch.
 
     Args:
         target: None where nothing is written.
 
     Raises:
         ZebraError: as `check_checkpoint`, `check_family`, `Stripes.parse` and `Rope.parse`; a target that exists;
-            nothing that would change.
+            a conversion that would change nothing.
     """
     if not isinstance(stripes, Stripes | None):
         Stripes.parse(stripes)

@@ -1,7 +1,7 @@
-"""The layers of a model compiled by torch, one by one: elementwise work between the products becomes a few loops.
+"""Compile a model's layers with torch, one by one: elementwise work between matrix products becomes a few loops.
 
 Layers of one kind share their compiled code, so that two compilations serve a model with stripes, however deep it is.
-The code lies in torch's own cache (TORCHINDUCTOR_CACHE_DIR), which outlives the process.
+The code is in torch's own cache (TORCHINDUCTOR_CACHE_DIR), which outlives the process.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from zebra.errors import ZebraError
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model.
+    """The decoder layers of a model.
 
     Raises:
-        ZebraError: a model whose layers are not of the class that transformers has for them.
+        ZebraError: the model has no layer of the class GradientCheckpointingLayer of transformers.
     """
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:

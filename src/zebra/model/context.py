@@ -1,4 +1,4 @@
-"""How long a text a model reads."""
+"""The longest text that a model can read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from zebra.positions import SelfExtend, reach_of
 
 
 def longest_text(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | None:
-    """The longest text that a model was made for, with its rope, or reaches with Self-Extend; None without a limit."""
+    """The longest text that a model was made for, with its rope, or reads under Self-Extend; None without a limit."""
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     if longest is None:
@@ -20,10 +20,10 @@ def longest_text(config: PreTrainedConfig, setting: SelfExtend | None = None) ->
 
 
 def ways_beyond(config: PreTrainedConfig, setting: SelfExtend | None, rope: Rope) -> str:
-    """What takes a model beyond its longest text, for a message; only what this model can have.
+    """For a message: what this model can use to read a longer text.
 
     Args:
-        setting, rope: those that it was loaded with.
+        setting, rope: what it was loaded with.
     """
     ways = []
     if rope.amount is not None:
@@ -38,7 +38,7 @@ def ways_beyond(config: PreTrainedConfig, setting: SelfExtend | None, rope: Rope
 
 
 def check_learned_positions(config: PreTrainedConfig, length: int) -> None:
-    """Check that a text is not longer than a table of learned positions.
+    """Check that a text is not longer than a model's table of learned positions.
 
     Raises:
         ZebraError: it is.

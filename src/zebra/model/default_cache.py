@@ -1,4 +1,4 @@
-"""A model class of transformers with our cache as the default of its `generate`: what `zebra.load` returns."""
+"""A transformers model class whose `generate` uses zebra's cache by default: the class that `zebra.load` returns."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from zebra.progress import only_errors
 
 _log = logging.getLogger(__name__)
 LENGTH_REMINDER = "transformers.generation.stopping_criteria"
-"""The logger that reminds of `max_position_embeddings`."""
+"""The logger that warns about `max_position_embeddings`."""
 
 
 @functools.cache
 def with_default_cache(cls: Any) -> Any:
-    """A subclass with the same name whose `generate` uses our bounded cache where the caller passes none.
+    """A subclass of the same name whose `generate` uses zebra's bounded cache where the caller passes none.
 
-    Two more methods warn before Self-Extend, sinks and full decoding would be lost.
+    Two more of its methods warn before Self-Extend, sinks and full decoding would be lost.
     """
 
     class Model(cls):
@@ -36,7 +36,7 @@ def with_default_cache(cls: Any) -> Any:
         def generate(self, *args: Any, **kwargs: Any) -> Any:
             """transformers' `generate`, with the bounded cache of `zebra.model.cache` as its default.
 
-            Under Self-Extend transformers' warning about the trained length is off: ours names the reach.
+            Under Self-Extend, transformers' warning about the trained length is off: zebra's names the reach.
             """
             extended = self_extend_of(self) is not None
             with only_errors(LENGTH_REMINDER) if extended else nullcontext():
@@ -45,7 +45,7 @@ def with_default_cache(cls: Any) -> Any:
         def save_pretrained(
             self, save_directory: str | os.PathLike[str], *args: Any, push_to_hub: bool = False, **kwargs: Any
         ) -> None:
-            """transformers' `save_pretrained`, which would upload before zebra.json is there: `push_to_hub` does."""
+            """transformers' `save_pretrained`, then zebra.json, and only then the upload of `push_to_hub`."""
             local = local_attention_of(self)
             if (setting := self_extend_of(self)) is not None:
                 _log.warning(
@@ -61,7 +61,7 @@ def with_default_cache(cls: Any) -> Any:
                     self.push_to_hub(**{"repo_id": Path(save_directory).name} | for_hub)
 
         def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
-            """transformers' `set_attn_implementation`."""
+            """transformers' `set_attn_implementation`, with a warning about settings that are lost."""
             if (setting := self_extend_of(self)) is not None:
                 _log.warning('Self-Extend %s lives in attention "%s" and is dropped under any other.', setting, NAME)
             if (local := local_attention_of(self)) and [*args, *kwargs.values()][:1] != [NAME]:
@@ -69,7 +69,7 @@ def with_default_cache(cls: Any) -> Any:
             return super().set_attn_implementation(*args, **kwargs)
 
         def __reduce__(self) -> Any:
-            """Pickled by the class of transformers: pickle finds no class under this one's name."""
+            """Pickle by the class of transformers: pickle cannot find this one by its name."""
             return _empty_instance, (cls,), self.__dict__
 
     Model.__name__ = cls.__name__  # it is saved as the checkpoint's architecture
@@ -82,15 +82,15 @@ def _empty_instance(cls: Any) -> Any:
 
 
 def _cache_kwargs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The cache for a call of `generate`: ours where the caller passes none, with the length of the prompt."""
+    """The cache for a call of `generate`, zebra's where the caller passes none, with the length of the prompt."""
     config = kwargs.get("generation_config") or (args[1] if len(args) > 1 and args[1] else model.generation_config)
 
-    def setting(name: str) -> Any:  # what a config leaves out is the model's
+    def setting(name: str) -> Any:  # the model's where the config has none
         value = kwargs.get(name, getattr(config, name))
         return getattr(model.generation_config, name) if value is None and name not in kwargs else value
 
     cache, uses_cache = kwargs.get("past_key_values"), setting("use_cache") is not False
-    # "hybrid" in Gemma's generation_config.json is the default of an older transformers, which takes it for none.
+    # "hybrid" in Gemma's generation_config.json is the default of an older transformers, and counts as none here.
     if cache is None and uses_cache and setting("cache_implementation") in (None, "hybrid"):
         cache = bounded_cache(model) if model.config._attn_implementation == NAME else StripedCache(model.config)
         if config.is_assistant:  # the draft of assisted decoding takes tokens back

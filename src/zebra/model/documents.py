@@ -1,11 +1,11 @@
 """Packed documents: which tokens of a batch belong together, from the arguments that transformers passes to attention.
 
-    position_ids     0 1 2 0 1 | 0 1 2 3 4     a step other than 1 starts a document; padding is stepped over
+    position_ids     0 1 2 0 1 | 0 1 2 3 4     a step other than 1 starts a document; padding is skipped
     cu_seq_lens_q    0     3     5         10  where documents start in the flattened batch, and its size
     seq_idx          0 0 0 1 1 | 0 0 0 0 0     the document of each token
     documents        0 0 0 1 1 | 2 2 2 2 2
 
-`cu_seq_lens_q` and `seq_idx` name documents; positions only suggest them, and may run on from one to the next.
+`cu_seq_lens_q` and `seq_idx` name documents. Positions only suggest them, and may continue from one to the next.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def documents_of(
     max_length_k: int | Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor | None:
-    """The document of each token, (B, T), never falling along T; None where each sequence is one document.
+    """The document of each token, (B, T), non-decreasing along T; None where each sequence is one document.
 
     Args:
         position_ids: (1 or B, T).
-        keys: (B, past + T) bool, False at padding, whose positions do not count: left, right or between; or None.
+        keys: (B, past + T) bool, False at padding (left, right or between), whose positions do not count; or None.
         queries: B and T.
-        past: cached tokens before the T.
+        past: number of cached tokens before the T.
         cu_seq_lens_q, cu_seq_lens_k: (documents + 1), offsets in the flattened batch of B T tokens; both the same.
         max_length_q, max_length_k: tokens of the longest document, or more.
         seq_idx: (1 or B, T) integers that change where a document starts.
 
     Raises:
-        ZebraError: arguments that contradict each other or the batch; documents that start behind cached tokens.
+        ZebraError: arguments that contradict each other or the batch; documents that start after cached tokens.
     """
     batch, tokens = queries
     offsets = cu_seq_lens_q if cu_seq_lens_q is not None else cu_seq_lens_k
@@ -80,7 +80,7 @@ def _changes(documents: Tensor) -> Tensor:
 
 
 def _restarts(positions: Tensor, real: Tensor) -> Tensor:
-    """Whether each real token but the first does not follow the real one before it, (B, T - 1) bool.
+    """Whether each token but the first is real and does not continue the real one before it, (B, T - 1) bool.
 
     Positions count the padding between two tokens (a plain forward) or leave it out (`generate`).
 
@@ -96,11 +96,11 @@ def _restarts(positions: Tensor, real: Tensor) -> Tensor:
 def _starts(
     offsets: Tensor, other: Tensor, most: Sequence[int], of_index: Tensor | None, queries: tuple[int, int]
 ) -> Tensor:
-    """Whether a document starts at each token but the first of its sequence, (B, T - 1) bool, checked.
+    """Check the arguments; whether a document starts at each token but a sequence's first, (B, T - 1) bool.
 
     Args:
-        offsets, other: of the queries and of the keys. most: bounds of the longest document.
-        of_index: the same by `seq_idx`, or None.
+        offsets, other: of the queries and of the keys. most: upper bounds of the longest document.
+        of_index: the result according to `seq_idx`, or None.
     """
     if offsets.dim() != 1:
         raise _error(f"cu_seq_lens_q of the shape {tuple(offsets.shape)}", queries)
@@ -108,7 +108,7 @@ def _starts(
     index = torch.arange(size, device=offsets.device)
     document = torch.searchsorted(offsets[1:].contiguous(), index, right=True).view(queries)
     ends = offsets[0] == 0, offsets[-1] == size, (offsets.diff() >= 0).all()
-    whole = (document[1:, 0] != document[:-1, -1]).all()  # no document runs on into the next sequence
+    whole = (document[1:, 0] != document[:-1, -1]).all()  # no document continues in the next sequence
     if not bool(torch.stack([*ends, whole]).all()):
         raise _error(f"cu_seq_lens_q of {offsets.tolist()[:8]}", queries)
     if not torch.equal(offsets, other):

@@ -1,4 +1,4 @@
-"""The layout of a config: with stripes by the family's route, read back, counted."""
+"""The layout of a config: set by the family's route, read back, and counted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def route_of(config: PreTrainedConfig) -> Route:
 
 
 def _reason_against(route: Route, config: PreTrainedConfig) -> str | None:
-    """Why a route does not take a config, or None where it does."""
+    """Why a route cannot take a config, or None where it can."""
     if route.target is None:
         return route.reason
     if route.target not in CONFIG_MAPPING:
@@ -53,13 +53,13 @@ def _reason_against(route: Route, config: PreTrainedConfig) -> str | None:
 
 
 def ignores_layer_types(config: PreTrainedConfig) -> bool:
-    """Whether the family's own class is known to ignore layer_types and run every layer alike."""
+    """Whether the family's own class is known to ignore layer_types and run all layers alike."""
     routes = routes_of(config.model_type)
     return bool(routes) and all(route.target != config.model_type for route in routes)
 
 
 def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig:
-    """The config of the same model with these stripes, every field written out: class defaults differ.
+    """The config of the same model with these stripes, with every field set, as class defaults differ.
 
     Raises:
         ZebraError: no route, a layer beyond the model, a layer of another kind where the family's rope forbids it,
@@ -98,7 +98,7 @@ def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig
 def stripes_of(config: PreTrainedConfig) -> Stripes | None:
     """The layout of a config; None where every layer is global.
 
-    A config class with layers of other kinds than global and local has its layout as a property `stripes`.
+    A config class with other kinds of layers than global and local has its layout in a property `stripes`.
     """
     if (own := getattr(config, "stripes", None)) is not None:
         return own
@@ -110,19 +110,19 @@ def stripes_of(config: PreTrainedConfig) -> Stripes | None:
 
 
 def layout(config: PreTrainedConfig, sinks: int = 0) -> str:
-    """The layout in the short notation, `full` where every layer is global."""
+    """The layout in the short notation; `full` where every layer is global."""
     stripes = stripes_of(config)
     return FULL if stripes is None else str(replace(stripes, sinks=sinks))
 
 
 def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Each layer's kind: those of transformers, and others that the config's class may have."""
+    """The kind of each layer: one of transformers, or another that the config's class has."""
     n, stripes = config.num_hidden_layers, stripes_of(config)
     return stripes.layer_types(n) if stripes else (GLOBAL,) * n
 
 
 def attention_pairs(config: PreTrainedConfig, length: int, sinks: int = 0) -> int:
-    """Pairs of a query and what it sees, in all layers over one text."""
+    """The number of (query, key) pairs in all layers over a text of `length` tokens."""
     stripes = stripes_of(config)
     if stripes is None:
         return config.num_hidden_layers * visible_pairs(length)
@@ -131,5 +131,5 @@ def attention_pairs(config: PreTrainedConfig, length: int, sinks: int = 0) -> in
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The stock class that runs a config."""
+    """The stock class of transformers that runs a config."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: noticed where logits or losses are first formed, and traced to the weights."""
+"""Detect NaN and infinity where logits or losses are first computed, and trace them to the weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from zebra.errors import ZebraError
 
 
 def check_finite(values: Tensor, model: PreTrainedModel) -> None:
-    """Reject logits or losses of a model that are NaN or infinite, in any shape.
+    """Reject logits or losses of a model, in any shape, that are NaN or infinite.
 
-    Only then are the weights read, for the first of them that is not finite.
+    Only then are the weights searched for the first tensor that is not finite.
 
     Raises:
-        ZebraError: they are; it names the checkpoint and the tensor, or the dtype in which its activations overflow.
+        ZebraError: some are; it names the checkpoint and that tensor, or the dtype in which activations overflow.
     """
     if bool(values.isfinite().all()):
         return
@@ -43,7 +43,7 @@ def check_finite(values: Tensor, model: PreTrainedModel) -> None:
 
 @contextmanager
 def checking_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context `check_finite` reads the logits that a model returns, in every forward."""
+    """Within this context check the logits of every forward pass of a model with `check_finite`."""
 
     def check(module: Any, args: Any, output: Any) -> None:
         check_finite(output.logits, module)

@@ -1,8 +1,8 @@
 """A GGUF file as a checkpoint: its config, its tokenizer, and its weights in a directory that transformers loads.
 
-transformers reads tensors and tokenizer. Quantised tensors become what their blocks stand for, once, in the user's
-cache, in the dtype of the file: float32 or float16 where all matrices have it, else bfloat16. That is half the size of
-float32, has its range, and rounds by 2⁻⁹, which is no more than the steps of 8 bits and far less than those of 4.
+transformers reads the tensors and the tokenizer. Quantised tensors are dequantised once, into the user's cache, in the
+dtype of the file: float32 or float16 where all matrices have it, else bfloat16. bfloat16 has half the size of float32
+and its range, and rounds by 2⁻⁹, which is no more than the steps of 8 bits and far less than those of 4.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _log = logging.getLogger(__name__)
 
 
 def gguf_config(path: str | os.PathLike[str], **changes: Any) -> PreTrainedConfig:
-    """The config of a GGUF file.
+    """Read the config of a GGUF file.
 
     Args:
-        changes: fields that replace its own.
+        changes: fields that replace the file's.
 
     Raises:
         ZebraError: as `read_header` and `config_fields`.
@@ -85,25 +85,25 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(_LLAMA3, _by_regex(r"\p{N}{1,3}")),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _by_regex(r"\p{N}")),
 }
-"""How text is split before merges, by `tokenizer.ggml.pre`. transformers follows some of these, by its version."""
+"""How text is split before merges, by `tokenizer.ggml.pre`. transformers knows some of these, by its version."""
 WHOLE_PIECES = (*_LLAMA3, "tekken")
-"""Those where a piece of text that is a token is that token, even if merges would not lead to it."""
+"""Pre-tokenizers where a piece of text that is a token becomes that token, even if merges would not lead to it."""
 END_FIELDS = ("eos", "eot", "eom")
-"""llama.cpp ends an answer at the token of each of these fields."""
+"""llama.cpp ends an answer at the token of any of these fields."""
 
 
 def _read_tokenizer(header: GgufHeader) -> PreTrainedTokenizerBase:
     try:
         with _alone(header.path) as alone:
             return AutoTokenizer.from_pretrained(alone.parent, gguf_file=alone.name, trust_remote_code=False)
-    except Exception as error:  # transformers takes the metadata as it is: an IndexError, an AttributeError, ...
+    except Exception as error:  # transformers does not check the metadata: an IndexError, an AttributeError, ...
         raise ZebraError(
             f"the tokenizer of {header.path} cannot be read: {first_line(error).rstrip('.')}. {ORIGINAL}"
         ) from None
 
 
 def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, header: GgufHeader, directory: Path) -> None:
-    """Write the tokenizer of a GGUF file, with its chat template, and what transformers does not read of it."""
+    """Write the tokenizer of a GGUF file, with its chat template and what transformers does not read from it."""
     tokenizer.save_pretrained(directory)
     file, kind = directory / "tokenizer.json", header.metadata.get("tokenizer.ggml.model")
     state = json.loads(file.read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, header: GgufHeader, dir
 
 
 def _mend_byte_level(state: dict[str, Any], header: GgufHeader) -> None:
-    # transformers' GPT-2 brings its <|endoftext|>, for which the model may have no embedding.
+    # transformers' GPT-2 tokenizer adds <|endoftext|>, for which the model may have no embedding.
     tokens, name = header.metadata["tokenizer.ggml.tokens"], str(header.metadata.get("tokenizer.ggml.pre"))
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < tokens]
     state["model"]["ignore_merges"] = name in WHOLE_PIECES
@@ -131,7 +131,7 @@ def _mend_byte_level(state: dict[str, Any], header: GgufHeader) -> None:
 
 
 def _mend_sentencepiece(state: dict[str, Any], header: GgufHeader) -> None:
-    """A space before every text, as sentencepiece has it; transformers adds none before a text that begins with one."""
+    """Put a space before every text, as sentencepiece does; transformers adds none to a text that begins with one."""
     prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
     steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
@@ -142,13 +142,13 @@ def _mend_sentencepiece(state: dict[str, Any], header: GgufHeader) -> None:
 
 
 def as_directory(path: str | os.PathLike[str], *, weights: bool = True, **hub_arguments: Any) -> Path:
-    """The directory of a checkpoint that transformers loads.
+    """The directory of a checkpoint, as transformers loads it.
 
-    That of a GGUF file is in the user's cache, written once for a file of this size and date, atomically. That of a
-    name of the hub is in the hub's cache.
+    A GGUF file is written into the user's cache, atomically, once for its path, size, date and version of transformers.
+    A model of the hub is in the hub's cache.
 
     Args:
-        weights: whether the weights of a name of the hub are wanted.
+        weights: whether to download the weights of a model of the hub, too.
         hub_arguments: keyword arguments of `from_pretrained`; `hub_directory` takes its own.
 
     Raises:
@@ -167,7 +167,7 @@ def as_directory(path: str | os.PathLike[str], *, weights: bool = True, **hub_ar
         try:
             _write(path, target)
         except (OSError, ZebraError):
-            if not target.is_dir():  # else another process was faster
+            if not target.is_dir():  # if it is, another process was faster
                 raise
     return target
 
@@ -190,7 +190,7 @@ def _write(path: Path, target: Path) -> None:
             f"{path} has {weights:,} weights, and a {config.model_type} of its sizes {expected:,}: what it has more or "
             f"less is not known. {ORIGINAL}"
         )
-    tokenizer = _read_tokenizer(header)  # before the weights, which take longer
+    tokenizer = _read_tokenizer(header)  # before the weights, as they take longer
     dtype = str(config.dtype).removeprefix("torch.")
     console.print(f"{path.name}: tensors of {types}, written as {dtype} into {target}", soft_wrap=True, highlight=False)
     with _quiet(), _alone(path) as alone:
@@ -202,7 +202,7 @@ def _write(path: Path, target: Path) -> None:
             raise ZebraError(f"the weights of {path} cannot be read: {first_line(error)}. Copy it again.") from None
     if info["missing_keys"]:
         raise ZebraError(f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. {ORIGINAL}")
-    # Another model around the same tensors: transformers saves none that it believes to be quantised.
+    # A new model with the same tensors: transformers does not save one that it takes for quantised.
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.tie_weights()
     ends = [config.eos_token_id, *(header.metadata.get(f"tokenizer.ggml.{field}_token_id") for field in END_FIELDS)]
@@ -216,7 +216,7 @@ def _write(path: Path, target: Path) -> None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[Path]:
-    """A link to a file in a folder of its own: transformers would also read adapters and code beside it."""
+    """A link to a file in a folder of its own, as transformers would also read adapters and code beside the file."""
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / path.name
         link.symlink_to(path.resolve())
@@ -225,7 +225,7 @@ def _alone(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' advice on quantised models, and its bar where stderr is no terminal."""
+    """Silence transformers' advice on quantised models, and its progress bar where stderr is no terminal."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:

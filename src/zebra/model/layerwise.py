@@ -1,12 +1,12 @@
-"""A model's layers one by one: each global or local for one call, and the forward pass from any of them on.
+"""Run a model's layers one by one: each is global or local by call, and a forward pass may start at any of them.
 
     whole     tokens ─► [0] ─► [1] ─► [2] ─► [3] ─► norm         the input of each layer is recorded
                                        │
     from 2    tokens ─► ... ─► ... ─► [2] ─► [3] ─► norm         two layers are run, and none before them
 
-No forward is patched or copied. An attention override chooses the kind of each layer. The layers before the first one
-that is run are replaced in the decoder's own list, for the call, by a placeholder that returns the recorded input.
-The whole forward gives the same numbers to the last bit.
+No forward is patched or copied. An attention override chooses the kind of each layer. During a call, the layers before
+the first one that is run are replaced in the decoder's own list by a placeholder that returns the recorded input.
+The results are bit for bit those of the whole forward pass.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from zebra.model.override import attention_modules, names_of_other_overrides, ov
 
 
 class Layerwise:
-    """A loaded model whose layers change their kind from one call to the next; the model itself does not change.
+    """A loaded model whose layers may be of another kind in each call; the model itself does not change.
 
     Args:
-        model: with attention "zebra", as `zebra.load` gives it.
+        model: with attention "zebra", as `zebra.load` returns it.
         window, sinks: of the local layers, in place of the model's own.
 
     Raises:
-        ZebraError: another attention, overrides such as Self-Extend, a model whose layers are not one list.
+        ZebraError: another attention, overrides such as Self-Extend, a model whose layers are not in one list.
 
     Example:
         >>> layers = Layerwise(zebra.load("examples/stories260K"), window=64)
@@ -62,7 +62,7 @@ class Layerwise:
         self._attention = list(attention_modules(self._decoder))
 
     def states(self, ids: Tensor, kinds: str) -> list[Tensor]:
-        """The input of each layer and, last, the states after the norm: L + 1 tensors (B, T, hidden).
+        """The input of each layer and, last, the hidden states after the norm: L + 1 tensors (B, T, hidden).
 
         Args:
             ids: (B, T), without padding.
@@ -80,7 +80,7 @@ class Layerwise:
         return [*inputs, last]
 
     def resume(self, ids: Tensor, kinds: str, start: int, state: Tensor) -> Tensor:
-        """The states after the norm, (B, T, hidden), from layer `start` on, whose input is `state` (B, T, hidden)."""
+        """The states after the norm, (B, T, hidden), run from layer `start` on, whose input is `state`, alike."""
         with self._replacing_layers_before(start, state):
             return self._run(ids, kinds, start)
 
@@ -105,7 +105,7 @@ class Layerwise:
 
 
 class _KindOfEachLayer:
-    """An attention override that attends globally or locally, in each layer by its letter.
+    """An attention override that attends globally or locally, by each layer's letter.
 
     Attributes:
         layers: the indices of the layers that have attended.
@@ -128,7 +128,7 @@ class _KindOfEachLayer:
 
 
 class _Placeholder(nn.Module):
-    """In place of a layer whose output is known."""
+    """Takes the place of a layer whose output is known."""
 
     def __init__(self, state: Tensor):
         super().__init__()

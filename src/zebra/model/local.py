@@ -1,9 +1,9 @@
 r"""What local layers see besides their window, for models that were not trained for it.
 
     sinks         x . . . . . x x x      the first real tokens of a text are seen too (arXiv 2309.17453)
-    full decode   x x x x x x x x x      the prompt is read by the window, decoded tokens see all before them
+    full decode   x x x x x x x x x      the prompt is read with the window, decoded tokens see all before them
 
-config.json has no field for either. Both are attention overrides, and a checkpoint has them in its `zebra.json`.
+config.json has no field for either. Both are attention overrides, and a checkpoint stores them in its `zebra.json`.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class LocalAttention:
     """The attention override of a local layer.
 
     Attributes:
-        sinks: first real tokens of each sequence, or of each packed document, that are seen besides the window.
+        sinks: number of first real tokens of each sequence, or packed document, that are seen besides the window.
         full_decode: whether decoded tokens see all tokens before them. The cache knows which tokens are decoded
-            (`StripedCache.set_prompt_length`, which `generate` calls). Where that was not set, tokens that come one by
-            one after others are.
+            (`StripedCache.set_prompt_length`, which `generate` calls). If that was not set, a single new token after
+            others counts as decoded.
     """
 
     sinks: int = 0
@@ -59,14 +59,14 @@ class LocalAttention:
         /,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `AttentionOverride.attend`: the prompt by the window and the sinks, decoded tokens by all keys.
+        """As `AttentionOverride.attend`: the prompt with window and sinks, decoded tokens with all keys.
 
         Args:
             query: (B, H, T, D). value: (B, K, S, D).
             key: (B, K, S, D), or the keys of a cache layer with sinks or full decoding.
 
         Raises:
-            ZebraError: keys from another cache, which has dropped some that are needed.
+            ZebraError: keys from another cache, which drops some that are needed.
         """
         new, start, sinks, prompt = query.shape[2], 0, None, query.shape[2]
         if isinstance(key, SinkKeys):
@@ -82,7 +82,7 @@ class LocalAttention:
             )
         with_sinks = replace(mask, sinks=self.sinks)
         if prompt == new:
-            cached = sinks if start > 0 else None  # from its first token on the keys hold them
+            cached = sinks if start > 0 else None  # else the keys include them
             return sink_attention(query, key, value, with_sinks, cached=cached, start=start, **kwargs)
         decoded = attend(query[:, :, prompt:], key, value, replace(mask, window=None), **kwargs)
         if prompt == 0:
@@ -103,7 +103,7 @@ def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
     """Set the override on the local layers of a loaded model.
 
     Raises:
-        ZebraError: there are none; sinks under ALiBi.
+        ZebraError: no local layers; sinks under ALiBi.
     """
     if local.sinks and getattr(model.config, "position_embedding", None) == "alibi":
         raise ZebraError(f"{local} stand far away, and ALiBi lowers the scores of what is far away. Leave them out.")
@@ -120,21 +120,21 @@ def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
 
 
 def local_attention_of(model: nn.Module) -> LocalAttention:
-    """What a model's local layers were loaded with."""
+    """The sinks and full decoding that a model's local layers were loaded with."""
     return next(overrides_of(model, LocalAttention), LocalAttention())
 
 
 def layout_name(config: PreTrainedConfig, local: LocalAttention, rope: object = None) -> str:
-    """The layout in the short notation, with a change of rope beside it: `GLLL:512+4 yarn:8, full decode`.
+    """The layout in the short notation, followed by a change of the rope: `GLLL:512+4 yarn:8, full decode`.
 
-    A config that names its position embedding has it there: `GLLL:512 alibi`.
+    A config that names its position embedding adds it: `GLLL:512 alibi`.
     """
     parts = filter(None, (layout(config, local.sinks), getattr(config, "position_embedding", None), rope))
     return " ".join(map(str, parts)) + (", full decode" if local.full_decode else "")
 
 
 def warn_settings_outside_config(local: LocalAttention) -> None:
-    """Warn, before a checkpoint is written, of the settings that plain transformers will not read."""
+    """Warn, before a checkpoint is written, about settings that plain transformers will not read."""
     if local:
         _log.warning(
             "config.json has no field for %s: zebra.json beside it has, which zebra.load reads; plain transformers and "

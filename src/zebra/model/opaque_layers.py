@@ -1,4 +1,4 @@
-"""Layers of a cache whose keys only attention "zebra" can read: of Self-Extend, with sinks, with full decoding.
+"""Cache layers whose keys only attention "zebra" can read: for Self-Extend, sinks and full decoding.
 
     Self-Extend         [f0 f1 f2 f3 f4 f5 f6 f7 ...|    ]     keys rotated to their grouped positions, and
                                          [k5 k6 k7|  ]         the last W - 1 as they came; values once
@@ -20,7 +20,7 @@ from zebra.model.cache_layers import GrowingBuffer, GrowingLayer, PerSequenceSta
 
 
 class OpaqueKeys:
-    """Keys on their way from the cache through transformers to attention "zebra"; nothing else can read them."""
+    """Keys on their way from the cache through transformers to attention "zebra", which alone can read them."""
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
@@ -30,9 +30,9 @@ class OpaqueKeys:
 
 
 class PendingKeys(OpaqueKeys):
-    """New keys on their way into a layer of Self-Extend.
+    """New keys on their way into a cache layer of Self-Extend.
 
-    The cache knows no positions, so it hands them through transformers to the attention function, which rotates them
+    The cache knows no positions, so it passes them through transformers to the attention function, which rotates them
     and calls `layer.write`.
 
     Attributes:
@@ -44,11 +44,11 @@ class PendingKeys(OpaqueKeys):
 
 
 class SelfExtendLayer(PerSequenceStates, GrowingLayer):
-    """A global layer under Self-Extend: N far keys and N values, and W - 1 near keys; never two keys of all tokens.
+    """A global layer under Self-Extend: N far keys, N values and W - 1 near keys, instead of two keys for each token.
 
     Attributes:
         keys: all, rotated to their grouped positions. near: the last W - 1, as transformers rotated them.
-        offset: in the model's first such layer, the position of each sequence's tokens less their index, (B, 1).
+        offset: in the model's first such layer, the position of each sequence's tokens minus their index, (B, 1).
     """
 
     _STATES = _TAIL = ("near", "offset")
@@ -73,7 +73,7 @@ class SelfExtendLayer(PerSequenceStates, GrowingLayer):
         return PendingKeys(self, key_states), self.values
 
     def write(self, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new keys (B, K, T, D); return those that the new queries see near, and all far ones."""
+        """Append new keys (B, K, T, D); return the near keys of the new queries, and all far keys."""
         self.keys = self._key_buffer.append(self.keys, far)
         new = near.shape[-2]
         near = self._near_buffer.append(self.near, near, None if self.record_past else self.window - 1)
@@ -81,9 +81,9 @@ class SelfExtendLayer(PerSequenceStates, GrowingLayer):
         return near[:, :, max(0, near.shape[-2] - (self.window - 1 + new)) :], self.keys
 
     def continues(self, offset: Tensor) -> bool:
-        """Whether the `offset` of new tokens, (B, 1), equals that of the earlier ones; `NO_POSITION` matches any."""
+        """Whether the offset of new tokens, (B, 1), equals that of the earlier ones; `NO_POSITION` matches any."""
         before, self.offset = self.offset, offset.expand(len(self.values), 1)
-        if before is None or torch.equal(before, self.offset):  # one call for each token
+        if before is None or torch.equal(before, self.offset):  # the common case, in one call
             return True
         self.offset = torch.where(offset == NO_POSITION, before, offset)
         return bool(((before == offset) | (before == NO_POSITION) | (offset == NO_POSITION)).all())
@@ -110,7 +110,7 @@ class SelfExtendLayer(PerSequenceStates, GrowingLayer):
         return {"near": self.near[:, :, :length], "offset": self.offset if length else None}
 
     def reset(self) -> None:
-        """Empty it. Transformers 5.17 would keep zeros in place of the tokens."""
+        """Empty the layer. transformers 5.17 would keep zeros in place of the tokens."""
         self.is_initialized = False
         super().reset()
         self.keys = self.values = self.near = torch.tensor([])
@@ -122,7 +122,7 @@ class SinkKeys(OpaqueKeys):
 
     Attributes:
         states: the keys that the window shows to the new queries, (B, K, n, D); all keys under full decoding.
-        start: the index in the sequence of the first of them.
+        start: the index in the sequence of the first of these keys.
         prompt_length: tokens of a sequence that are read before decoding begins; None where it was not set.
         layer: the cache layer whose `store` holds the sinks; None under full decoding.
     """
@@ -135,19 +135,19 @@ class FullDecodeLayer(GrowingLayer):
     """A local layer that keeps all keys, for models whose decoded tokens see all of them.
 
     Attributes:
-        prompt_length: tokens that are read by the window before decoding begins.
+        prompt_length: tokens that are read with the window before decoding begins; None where it was not set.
     """
 
     prompt_length: int | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Append new keys and values (B, K, T, D); return all."""
+        """Append new keys and values (B, K, T, D); return all of them."""
         keys, values = super().update(key_states, value_states)
         return SinkKeys(keys, 0, prompt_length=self.prompt_length), values
 
 
 class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
-    """A local layer, and beside it a store of each sequence's first real tokens.
+    """A local layer that also stores the keys and values of each sequence's first real tokens.
 
     Attributes:
         sink_keys, sink_values: (B, K, sinks, D), zeros where a sequence has no such token yet.
@@ -171,7 +171,7 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
         self._unstored: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
-        """Append keys and values (B, K, T, D); return those that the new queries may see. `store` takes the sinks."""
+        """Append keys and values (B, K, T, D); return those that the new queries may see. `store` adds the sinks."""
         keys, values = super().update(key_states, value_states)
         self._unstored = None if self._is_complete else (key_states, value_states)
         return SinkKeys(keys, self.cumulative_length - keys.shape[-2], layer=self), values
@@ -180,7 +180,7 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
         """Store the new tokens that are sinks, and return all sinks so far.
 
         Args:
-            real: (B, T) bool, False where a new token is padding; None where none is.
+            real: (B, T) bool, False where a new token is padding; None if all are real.
         """
         if self._unstored is not None:
             self._write(*self._unstored, real)
@@ -202,7 +202,7 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
         is_sink = slot < self.sinks if real is None else (slot < self.sinks) & real
         entries, columns = is_sink.nonzero(as_tuple=True)
         slots = slot[entries, columns]
-        # Not in place: a backward may need what was there, and another cache may share it.
+        # Not in place: a backward may need the old values, and another cache may share them.
         self.positions = self.positions.index_put((entries, slots), index[columns])
         self.sink_keys, self.sink_values = (
             sinks.transpose(1, 2).index_put((entries, slots), states.transpose(1, 2)[entries, columns]).transpose(1, 2)
@@ -230,6 +230,6 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
         }
 
     def reset(self) -> None:
-        """Empty it."""
+        """Empty the layer."""
         super().reset()
         self._clear()

@@ -1,12 +1,12 @@
-"""Attention as one operator of torch, `torch.ops.zebra.attention`: what `torch.compile` and `torch.export` see of it.
+"""Attention as one torch operator, `torch.ops.zebra.attention`, for `torch.compile` and `torch.export`.
 
     eager       q, k, v ─► documents_of ─► kernels.attend ─► out, lse        kernels chosen by shapes and by values
     traced      q, k, v ─► zebra::attention ─► out, lse                      the same, when the program runs
                                └─ backward: zebra::attention_backward
 
-The operator is opaque: a graph holds one node for it, whose shapes follow from those of its inputs. So padding and
-packed documents, which only values show, need no break of the graph and no guard. A program that was exported needs
-`import zebra.model.attention` before it is loaded.
+The operator is opaque: a graph has one node for it, whose shapes follow from those of its inputs. So padding and packed
+documents, which depend on the values of tensors, need no graph break and no guard. Import `zebra.model.attention`
+before you load an exported program.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ attention = torch.library.custom_op(
 
 Args:
     q, k, v, window, scale, softcap, with_lse: as `zebra.kernels.attend` has them.
-    keys: (B, S) bool, True at real tokens. positions: (1 or B, T), which name packed documents.
+    keys: (B, S) bool, True at real tokens. positions: (1 or B, T), which show packed documents.
 """
 
 attention_backward = torch.library.custom_op(
@@ -107,7 +107,7 @@ attention_backward = torch.library.custom_op(
     mutates_args=(),
     schema=f"({_ARGUMENTS}, Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse) -> (Tensor, Tensor, Tensor)",
 )
-"""The gradients of q, k and v."""
+"""The gradients of q, k and v, from the inputs and outputs of `attention` and the gradients of the outputs."""
 
 attention.register_fake(_shapes)
 attention.register_autograd(_backward, setup_context=_save)

@@ -1,11 +1,11 @@
-"""What attends in a layer in place of `zebra.kernels.attend`: one protocol, one attribute, one way to set it.
+"""Attention overrides, which compute a layer's attention in place of `zebra.kernels.attend`.
 
     transformers ─► zebra_attention(module, q, k, v, ...) ─► get_override(module)
                       ├─ None         kernels.attend(q, k, v, mask)
                       └─ an override  override.attend(module, positions, q, k, v, mask)
 
 Self-Extend, attention sinks, full attention while decoding, summary attention, the oracles and the layer selection are
-overrides. An override is set on the attention module of a layer; nothing is patched and no forward is copied.
+overrides. An override is set on the attention module of a layer; nothing is patched, and no forward is copied.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class AttentionOverride(Protocol):
 
         Args:
             module: the attention module of the layer.
-            positions: (1 or B, T), the position ids of the queries, or None where the model hands none down.
+            positions: (1 or B, T), the position ids of the queries, or None where the model does not pass them.
             query: (B, H, T, D), rotated.
-            key: (B, K, S, D), rotated; or an object in which one of our cache layers passes its keys on.
+            key: (B, K, S, D), rotated; or an object with the keys, from one of zebra's cache layers.
             value: (B, K, S, D).
             mask: window, padding and documents of the layer.
-            kwargs: the other arguments of `zebra.kernels.attend`.
+            kwargs: further arguments of `zebra.kernels.attend`.
         """
 
 
@@ -62,7 +62,7 @@ def set_override(module: nn.Module, override: AttentionOverride | None) -> None:
 
 
 def attention_modules(model: nn.Module) -> Iterator[Any]:
-    """The attention modules of a model of transformers: those with a layer's index and a scale of the scores."""
+    """The attention modules of a transformers model: those with a `layer_idx` and a `scaling` of the scores."""
     return (module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling"))
 
 
@@ -72,14 +72,14 @@ def overrides_of(model: nn.Module, kind: type[Override]) -> Iterator[Override]:
 
 
 def names_of_other_overrides(model: nn.Module, *kinds: type[AttentionOverride]) -> str:
-    """The class names of a model's overrides that are of none of these classes, with commas; empty without any."""
+    """The class names of a model's overrides of all other classes, separated by commas; empty without any."""
     overrides = (get_override(module) for module in model.modules())
     return ", ".join(sorted({type(o).__name__ for o in overrides if o is not None and not isinstance(o, kinds)}))
 
 
 @contextmanager
 def overriding_attention(modules: Iterable[nn.Module], override: AttentionOverride | None) -> Iterator[None]:
-    """Within this context the modules have this override; afterwards each has its previous one again."""
+    """Within this context set this override on the modules; afterwards restore the previous one of each."""
     with ExitStack() as stack:
         for module in modules:
             stack.callback(set_override, module, get_override(module))

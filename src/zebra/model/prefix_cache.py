@@ -1,12 +1,12 @@
-"""Caches by the tokens that they hold, so that a prompt is read only from where it differs from an earlier text.
+"""A prefix cache: KV caches of earlier texts, so that a prompt is read only from where it differs from one of them.
 
     stored    [ system | document | question | answer ]
     prompt    [ system | document | another question ]
-                                  ^ cut here: global layers are sliced, the others come back from a snapshot
+                                  ^ cut here: global layers are sliced, the others restored from a snapshot
 
 A local layer has dropped the tokens before its window, and Self-Extend its older near keys. Such a layer can be cut
 where a snapshot was taken, and while its window holds the whole text. A snapshot is a copy of what these layers hold:
-at most `window - 1` tokens (and sinks) of each. Global layers need none.
+at most `window - 1` tokens (and the sinks) in each. Global layers need none.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from zebra.model.self_extend import bounded_cache
 
 @dataclass(eq=False)
 class CachedText:
-    """A cache, and the snapshots with which it returns to earlier lengths.
+    """A cache, and the snapshots with which it can return to earlier lengths.
 
     Attributes:
         cache: keys and values of one sequence.
-        tokens: (n), those that the cache held when it was stored.
-        snapshots: the tails of its layers at earlier lengths, except those to which it can be cut without.
+        tokens: (n), the tokens that the cache held when it was stored.
+        snapshots: the tails of its layers by earlier length, for those where it cannot be cut without.
     """
 
     cache: StripedCache
@@ -46,7 +46,7 @@ class CachedText:
         """Take a snapshot at the length that the cache has now, if one is needed to return to it.
 
         Args:
-            most: the number of snapshots; beyond it the one whose loss leaves the smallest gap is dropped.
+            most: how many snapshots to keep; beyond it the one that leaves the smallest gap is dropped.
         """
         length = len(self)
         if length < 2 or self.cache.cut(length - 1) is not None or (tails := self.cache.tails()) is None:
@@ -58,7 +58,7 @@ class CachedText:
             del self.snapshots[min(gaps, key=gaps.__getitem__)]
 
     def cut(self, length: int) -> CachedText | None:
-        """A text of the first `length` tokens, or of fewer where the cache cannot be cut there; None without any.
+        """A text of the first `length` tokens, or of fewer where the cache cannot be cut there; None if nowhere.
 
         It shares storage with this one until it grows, and neither changes the other.
         """
@@ -70,7 +70,7 @@ class CachedText:
         return None
 
     def layers(self) -> list[Tail]:
-        """The attributes of all layers and snapshots: everything that takes memory."""
+        """The attributes of all layers and snapshots, which are all that takes memory."""
         layers = [vars(layer) for layer in self.cache.layers if layer.is_initialized]
         return [*layers, *(tail for tails in self.snapshots.values() for tail in tails)]
 
@@ -79,16 +79,17 @@ class PrefixCache:
     """The caches of several texts, for prompts that begin like one of them.
 
     Args:
-        model: of `zebra.load`.
-        max_texts: how many are stored.
-        max_bytes: of their keys and values, with snapshots; None for no bound. Beyond either bound the least recently
-            used are dropped. A cache that was taken belongs to the caller until it is put back, and does not count.
+        model: what `zebra.load` returned.
+        max_texts: how many texts are stored at most.
+        max_bytes: of keys and values, with snapshots, at most; None for no bound. Beyond either bound the least
+            recently used are dropped. A cache that was taken belongs to the caller until it is put back, and does not
+            count.
 
     Attributes:
-        lock: to be held from `take` to `put`, while a model reads into the cache.
+        lock: hold it from `take` to `put`, while a model reads into the cache.
 
     Raises:
-        ZebraError: no text may be stored.
+        ZebraError: `max_texts` below 1, or `max_bytes` below 0.
     """
 
     def __init__(self, model: PreTrainedModel, *, max_texts: int = 1, max_bytes: int | None = None) -> None:
@@ -106,7 +107,7 @@ class PrefixCache:
         return len(self._texts)
 
     def kv_bytes(self) -> int:
-        """Bytes of storage of all texts and their snapshots; what they share counts once."""
+        """Bytes of storage of all texts and their snapshots; shared storage counts once."""
         return _bytes(self._texts)
 
     def clear(self) -> None:
@@ -114,7 +115,7 @@ class PrefixCache:
         self._texts.clear()
 
     def take(self, ids: Tensor) -> CachedText:
-        """A cache of as many of a prompt's first tokens as are stored; never of the last one.
+        """Take a cache of as many of a prompt's first tokens as are stored, but never of its last token.
 
         A stored text that the prompt continues leaves the store. So does one that is cut and would be dropped next. Any
         other stays, and the part that is returned is copied when it grows.
@@ -144,17 +145,17 @@ class PrefixCache:
         """Store a cache that was taken.
 
         Args:
-            ids: the tokens that it holds, (n), and maybe more after them.
+            ids: (n), the tokens that it holds, and perhaps more after them.
         """
         text.tokens = ids.cpu()[: len(text)].clone()
-        # A stored text whose tokens this one has all of is no longer needed.
+        # A stored text that is a prefix of this one is no longer needed.
         others = [one for one in self._texts if shared_tokens(one.tokens, text.tokens) < len(one.tokens)]
         self._texts = [*others, text] if len(text) else others
         while len(self._texts) > self.max_texts or (self.max_bytes is not None and self.kv_bytes() > self.max_bytes):
             del self._texts[0]
 
     def _has_room(self, part: CachedText, text: CachedText) -> bool:
-        """Whether a copy of a part of a text fits beside all that is stored."""
+        """Whether a copy of a part of a text fits in addition to all that is stored."""
         size = _bytes([text]) * len(part) // len(text)
         fits = self.max_bytes is None or self.kv_bytes() + size <= self.max_bytes
         return fits and len(self._texts) < self.max_texts
@@ -165,7 +166,7 @@ def _bytes(texts: Iterable[CachedText]) -> int:
 
 
 def shared_tokens(one: Tensor, other: Tensor) -> int:
-    """The number of first tokens that two texts, (n) and (m), share."""
+    """The length of the common prefix of two texts, (n) and (m)."""
     shorter = min(len(one), len(other))
     differs = (one[:shorter] != other[:shorter]).nonzero()
     return int(differs[0]) if len(differs) else shorter

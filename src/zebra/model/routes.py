@@ -1,7 +1,7 @@
 """The table of routes: which class of transformers runs which family with stripes. It needs no torch.
 
-A conversion changes `config.json` and nothing else. Where the source's own class ignores `layer_types`, the target is
-a stock class with the same tensors that reads them; plain transformers and vLLM load it without us.
+A conversion changes only `config.json`. Where the source's own class ignores `layer_types`, the target is a stock class
+with the same tensors that reads them; plain transformers and vLLM load it without zebra.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Route:
         family: the source's `model_type`.
         target: the `model_type` of the stock class that reads its tensors and each layer's kind; None where there is
             none.
-        reason: of the choice, or why there is none.
-        fields: those that the target needs besides layer_types and sliding_window.
+        reason: why this target, or why there is none.
+        fields: config fields that the target needs besides layer_types and sliding_window.
         unsupported: members of the family that this route cannot take; the family's next route may.
-        fixed_kinds: where it holds, a layer keeps its kind and only the window is free, as its rope depends on the
-            kind.
+        fixed_kinds: where it holds, a layer keeps its kind and only the window may change, because its rope depends on
+            the kind.
     """
 
     family: str
@@ -58,7 +58,7 @@ def _window_in_use(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _window_for_vllm_too(config: PreTrainedConfig) -> dict[str, Any]:
-    """transformers reads layer_types alone; at any other `max_window_layers` than 0 vLLM would run every layer full."""
+    """transformers reads only layer_types; unless `max_window_layers` is 0, vLLM would run every layer full."""
     return _window_in_use(config) | {"max_window_layers": 0}
 
 
@@ -71,7 +71,7 @@ def _rope_for_each_kind(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _experts_for_each_layer(config: PreTrainedConfig) -> dict[str, Any]:
-    """Qwen 3 MoE has a step and a list of exceptions for the layers with experts, Mellum a list."""
+    """Layers with experts: Qwen 3 MoE has a step and a list of exceptions, Mellum a list of all layers."""
     sparse = [
         i not in config.mlp_only_layers and config.num_experts > 0 and (i + 1) % config.decoder_sparse_step == 0
         for i in range(config.num_hidden_layers)
@@ -135,17 +135,17 @@ _registered: list[Route] = []
 
 
 def register_route(route: Route) -> None:
-    """Serve another family, such as one that is registered with transformers at run time, behind those of ROUTES."""
+    """Add a route after those of ROUTES, such as for a family that is registered with transformers at run time."""
     _registered.append(route)
 
 
 def routes_of(family: str) -> list[Route]:
-    """The routes of a family by its `model_type`, in their order."""
+    """The routes of a family by its `model_type`, in order."""
     return [route for route in (*ROUTES, *_registered) if route.family == family]
 
 
 def check_family(family: str) -> None:
-    """Check that a family is not one of those that are known to have no route.
+    """Check that a family is not known to have no route.
 
     Raises:
         ZebraError: it is.

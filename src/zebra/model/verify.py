@@ -1,8 +1,8 @@
-"""The proof of a conversion, or of Self-Extend: what a model must agree with, and how closely it does.
+"""Verify a conversion, or Self-Extend: what a model's logits must agree with, and how closely they do.
 
-Each check compares logits over random tokens, in float32 by default, as the largest difference relative to the largest
-logit. The oracle for long inputs is, for stripes, the *source* model with a 4-D mask of its own in each layer; for
-Self-Extend, the formula in each layer (`zebra.model.self_extend.formula`).
+Each check compares logits over random tokens, in float32 by default: the largest difference relative to the largest
+logit. For long inputs the oracle of stripes is the *source* model with its own 4-D mask in each layer; that of
+Self-Extend is the formula in each layer (`zebra.model.self_extend.formula`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from zebra.stripes import GLOBAL, LOCAL, Stripes
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 _CHUNK = 7
 _Comparison = tuple[str, str, Tensor, Tensor]
-"""The name of a check, what it compares with, the logits and those that are expected."""
+"""The name of a check, what it compares with, the logits and the expected logits."""
 
 
 @dataclass(frozen=True)
@@ -64,28 +64,33 @@ def verify(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
 ) -> list[Check]:
-    """Compare a converted checkpoint with its source and itself, or any under Self-Extend with the formula; or both.
+    """Compare a converted checkpoint with its source, or a checkpoint under Self-Extend with the formula, or both.
 
-    1. short: up to the window, the target in plain transformers equals the source there.
+    1. short: up to the window, target and source agree in plain transformers.
     2. long: beyond the window, plain transformers and attention "zebra" equal the source with a mask in each layer; for
        plain transformers the mask has no sinks, as it does not read zebra.json.
-    3. cached: one token at a time with the bounded cache equals the whole text at once.
+    3. cached: decoding the last 64 tokens one by one with the bounded cache equals the whole text at once.
     4. chunked: a prefill in chunks equals the whole text at once.
-    5. padded: a batch padded on the left, and on the right, gives each sequence what it gets alone.
+    5. padded: each sequence of a batch that is padded on the left, or on the right, gets what it gets alone.
     6. packed, under Self-Extend: two documents in one sequence get what each gets alone.
-    7. decoded, with full decoding: tokens behind a prompt equal the source with a mask that is full from there on.
+    7. decoded, with full decoding: tokens after a prompt equal the source with a mask that is full from there on.
 
     Args:
-        target, against: the converted checkpoint and its source, directories. Without a source Self-Extend alone is
-            verified, and the target needs no stripes.
-        rope: the change of rope that the conversion took; the source runs with it.
-        self_extend: Self-Extend, or its notation, to be compared with its formula.
-        length: tokens of the long checks; the window and half of it again, and some, where None.
-        dtype: of the weights; None is float32, and bfloat16 where they stay quantised.
+        target, against: the converted checkpoint and its source. Without a source only Self-Extend is verified, and
+            the target needs no stripes.
+        rope: the change of the rope in the conversion; the source runs with it.
+        self_extend: Self-Extend, or its notation, to compare with its formula.
+        length: tokens of the long checks; somewhat more than 1.5 windows where None.
+        seed: of the random tokens.
+        dtype: of the weights; None is float32, or bfloat16 where they stay quantised.
+
+    Returns:
+        A `Check` for each comparison; one that fails is no error.
 
     Raises:
         ZebraError: a checkpoint that cannot be loaded, a target without stripes, two different models, neither a source
-            nor Self-Extend, a model that plain transformers cannot compute, or whose logits are not finite there.
+            nor Self-Extend, a length within the window, a model that plain transformers cannot run, or whose logits are
+            not finite there.
     """
     if self_extend is None and against is None:
         raise ZebraError(
@@ -173,8 +178,8 @@ def _self_extend_checks(
     short, whole = _logits(model, ids[:, : setting.window]), _logits(model, ids)
     with formula_logits(model, setting) as formula:
         oracle = formula(ids, logits_to_keep=_sampled(n).to(ids.device))
-    # The formula rounds angles as transformers does, which takes their cosines in float32 in any dtype. The rounding of
-    # sums in float32 grows with the text.
+    # The formula rounds angles as transformers does, which takes their cosines in float32 in any dtype. The rounding
+    # error of float32 sums grows with the text.
     of_formula = {torch.float64: 5e-6, torch.float32: min(1e-5 * max(1.0, n / 512), TOLERANCE[dtype])}
     cut = n // 3
     positions = torch.cat([torch.arange(cut), torch.arange(n - cut)])[None].to(ids.device)
@@ -208,9 +213,9 @@ def _check(
 
 
 def _plain_model(path: Any, config: PreTrainedConfig, placement: dict[str, Any]) -> PreTrainedModel:
-    """A checkpoint in plain transformers: by sdpa, unless its class has none, or a softcap, which sdpa leaves out."""
+    """Load a checkpoint in plain transformers: eager if its class has no sdpa, or a softcap, which sdpa ignores."""
     eager = getattr(config, "attn_logit_softcapping", None) or not model_class(config)._supports_sdpa
-    method = quantization_of(config)  # loading takes it off the config
+    method = quantization_of(config)  # loading removes it from the config
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             as_directory(path),
@@ -234,12 +239,12 @@ def _random_tokens(config: PreTrainedConfig, n: int, seed: int, placement: dict[
 
 
 def _steps(n: int) -> list[int]:
-    """The parts of n tokens of which the last, at most 64, come one by one."""
+    """The sizes of parts of n tokens: one part, then the last tokens, at most 64, one by one."""
     return [n - min(n - 1, 64)] + [1] * min(n - 1, 64)
 
 
 def _sampled(n: int) -> Tensor:
-    """At most 512 positions, evenly spread: the logits of all could exceed the memory."""
+    """At most 512 evenly spread positions: the logits of all might not fit in memory."""
     return torch.linspace(0, n - 1, min(n, 512)).round().long()
 
 
@@ -258,7 +263,7 @@ def _finite_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _logits_in_parts(model: PreTrainedModel, ids: Tensor, sizes: int | list[int], prompt: int | None = None) -> Tensor:
-    """The logits of the text, read into the bounded cache part by part; without a length all of it is the prompt."""
+    """The logits of a text read into the bounded cache part by part; without `prompt` all of it is the prompt."""
     cache, parts, start, at = bounded_cache(model), [], 0, _sampled(ids.shape[1])
     cache.set_prompt_length(prompt or ids.shape[1])
     for part in ids.split(sizes, dim=1):
@@ -288,7 +293,7 @@ def _padded_logits(model: PreTrainedModel, ids: Tensor, shorter: int, side: str)
 def _mask_in_each_layer(model: PreTrainedModel, stripes: Stripes, prompt: int) -> Iterator[None]:
     """Run a model without stripes with the masks of a layout: hooks give each layer's attention its own 4-D mask.
 
-    Queries from `prompt` on see all before them.
+    Queries from `prompt` on see all earlier tokens.
     """
     layers = model.model.layers
     kinds = stripes.layer_types(len(layers))
@@ -301,7 +306,7 @@ def _mask_in_each_layer(model: PreTrainedModel, stripes: Stripes, prompt: int) -
         if kinds[module.layer_idx] == LOCAL:
             local = masks.within(j[:, None], j[None, :], stripes.window) | masks.sink(j[None, :], 0, stripes.sinks)
             visible &= local | (j[:, None] >= prompt)
-        # Added to the scores: the eager attention of transformers takes no booleans.
+        # An additive mask: the eager attention of transformers takes no booleans.
         added = torch.zeros(n, n, dtype=states.dtype, device=states.device)
         added.masked_fill_(~visible, torch.finfo(states.dtype).min)
         return args, kwargs | {"attention_mask": added[None, None]}
