@@ -1,9 +1,9 @@
-"""The loss of a language model without its tokens x vocabulary matrix.
+"""The loss of a language model without the logits (tokens x vocabulary) of all tokens at once.
 
     loss_t = -log softmax(head(h_t))[x_{t+1}]
 
-The model's own forward runs whole, so that wrappers such as DDP see it. It returns no logits but its last hidden
-states, and the head is applied here, a chunk of tokens at a time. The auxiliary loss of a router is not part of it.
+The model's own forward runs whole, so that wrappers such as DDP work. It returns its last hidden states and no logits,
+and the head is applied here, to a chunk of tokens at a time. A router's auxiliary loss is not included.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zebra.data.packing import IGNORE
 from zebra.errors import ZebraError
 
 CHUNK = 512
-"""Tokens whose logits are held at a time."""
+"""Tokens whose logits are in memory at a time."""
 _FUSED = hasattr(functional, "linear_cross_entropy")
 
 
@@ -32,11 +32,11 @@ class Head:
 
         z = scale * module(h),    logits = softcap * tanh(z / softcap) where there is a softcap
 
-    The module is called as the model calls it, whatever peft, a quantiser, hooks or torch's parametrizations have
-    changed. Only an unchanged linear module is replaced by its weight, in torch's kernel.
+    The module is called as the model calls it, with what peft, a quantiser, hooks or torch's parametrizations have
+    changed in it. Only of an unchanged linear module is the weight used directly, in torch's fused kernel.
 
     Attributes:
-        module: hidden to V, such as W h or, in Phi, W h + b.
+        module: from hidden states to V logits, such as W h or, in Phi, W h + b.
         scale: Cohere 2 multiplies its logits, Granite divides them.
         softcap: Gemma 2 bounds them.
     """
@@ -46,17 +46,17 @@ class Head:
     softcap: float | None = None
 
     def logits(self, states: Tensor) -> Tensor:
-        """The logits (..., V) in float32 of `states` (..., hidden)."""
+        """The float32 logits (..., V) of `states` (..., hidden)."""
         return self._logits(states, self._float32_parameters())
 
     def check(self, states: Tensor, logits: Tensor) -> None:
-        """Check that it gives the logits (..., V) of its own model for the same states (..., hidden).
+        """Check that the head gives the model's own logits (..., V) for the same states (..., hidden).
 
         Raises:
             ZebraError: it does not, because the model's class changes its logits in another way.
         """
         expected, scale = logits.float(), logits.abs().max().float()
-        # A trainer's mixed precision returns as float32 what was computed in 16 bits.
+        # Mixed precision of a trainer returns in float32 what was computed in 16 bits.
         rounded = any(torch.equal(expected.to(dtype).float(), expected) for dtype in (torch.bfloat16, torch.float16))
         if (self.logits(states) - expected).abs().max() > (0.05 if rounded else 1e-3) * scale:
             raise ZebraError(
@@ -65,12 +65,12 @@ class Head:
             )
 
     def summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """The sum of the losses, (), of states (n, hidden) that predict the tokens `targets` (n)."""
+        """The sum, (), of the losses of states (n, hidden) that predict the tokens `targets` (n)."""
         states, weight = states.float(), self._plain_weight()
         if _FUSED and weight is not None and self.softcap is None:
             options = None
             if weight.shape[0] > weight.shape[1]:  # chunks pay where V exceeds the hidden size
-                # On a CPU torch takes so few tokens at a time that its products are narrow: 32 of 2,048.
+                # On a CPU torch's own chunks are so small that its products are narrow: 32 tokens of 2,048.
                 chunk_size = CHUNK if states.device.type == "cpu" else None
                 options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_size)
             scaled = states if self.scale == 1 else states * self.scale
@@ -89,12 +89,12 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _float32_parameters(self) -> dict[str, Tensor]:
-        """Its parameters of other floating-point dtypes, by name; quantised ones stay what their module reads."""
+        """Its parameters of other floating-point dtypes as float32, by name; quantised ones are left as they are."""
         others = (torch.float64, torch.bfloat16, torch.float16)
         return {name: one.float() for name, one in self.module.named_parameters() if one.dtype in others}
 
     def _plain_weight(self) -> Tensor | None:
-        """W, (V, hidden), where W h is all that the module computes."""
+        """W, (V, hidden), where the module computes W h and nothing else; else None."""
         module = self.module
         changed = "forward" in vars(module) or any(hooks for name, hooks in vars(module).items() if "_hooks" in name)
         is_plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.bias is None
@@ -102,7 +102,7 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The head of a model of any supported family, with all that wraps it."""
+    """The head of a model of any supported family, with everything that wraps it."""
     config = model.config
     return Head(
         model.get_output_embeddings(),
@@ -112,18 +112,18 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def without_logits(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The arguments that make a model return the states that go into its head, `hidden_states[-1]`, and no logits."""
+    """The arguments that make a model return the input of its head, `hidden_states[-1]`, and no logits."""
     return {"use_cache": False, "output_hidden_states": True, "logits_to_keep": _no_positions(device)}
 
 
 def read_states(model: PreTrainedModel, ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The states that go into the head, (B, T, hidden), and the logits of the positions `logits_to_keep`, none without.
+    """Run a model; return the input of its head, (B, T, hidden), and the logits at `logits_to_keep`, by default none.
 
-    For measuring: `output_hidden_states` would hold those of all layers, 17 GiB of an 8B model for 65,536 tokens.
+    For measurements: `output_hidden_states` would keep those of all layers, 17 GiB in an 8B model for 65,536 tokens.
 
     Args:
         ids: (B, T).
-        kwargs: others of the model's forward.
+        kwargs: further arguments of the model's forward.
     """
     states: list[Tensor] = []
 
@@ -144,8 +144,8 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
     Args:
         hidden: (B, T, hidden) states before the head.
-        labels: (B, T), the tokens themselves; `IGNORE` where a token is not to be predicted. Or (B, T + 1), the
-            token behind the T among them, which then is predicted too.
+        labels: (B, T), the tokens themselves, or `IGNORE` for a token that is not to be predicted. Or (B, T + 1), with
+            the token after the T, which is then predicted too.
 
     Returns:
         A scalar, ().
@@ -154,7 +154,7 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         states, targets = _shifted(hidden, labels)
         predicted = targets != IGNORE
-        if not bool(predicted.all()):  # the answer is a small part of an instruction: the head reads it alone
+        if not bool(predicted.all()):  # an answer is a small part of an instruction: the head runs on it only
             states, targets = states[predicted], targets[predicted]
         if not len(targets):
             return hidden.float().sum() * 0 + sum(
@@ -165,7 +165,7 @@ def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """The loss of each token, as `labels`: entry `t` is that of predicting token `t`, NaN where it is not predicted.
+    """The loss of each token, shaped like `labels`: entry `t` is for predicting token `t`, NaN if it is not predicted.
 
     Args:
         hidden: (B, T, hidden). labels: (B, T), or (B, T + 1) as in `summed_loss`.
@@ -177,7 +177,7 @@ def token_losses(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def losses_at(hidden: Tensor, head: Head, labels: Tensor, at: Tensor) -> Tensor:
-    """The losses of those tokens where `at` holds, sequence after sequence; the head is applied for no other.
+    """The losses of the tokens where `at` is True, sequence after sequence; the head is applied for no others.
 
     Args:
         hidden: (B, T, hidden). labels: (B, T).
@@ -196,5 +196,5 @@ def _each(states: Tensor, head: Head, targets: Tensor) -> Tensor:
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """States at t with the labels at t + 1, flat: (B (L - 1), hidden) and (B (L - 1)) of L labels."""
+    """States at t with the labels at t + 1, flattened: (B (L - 1), hidden) and (B (L - 1)) for L labels."""
     return hidden[:, : labels.shape[1] - 1].reshape(-1, hidden.shape[-1]), labels[:, 1:].reshape(-1)

@@ -1,7 +1,7 @@
-"""Quantised checkpoints: what they are, and whether transformers can load them here.
+"""Quantised checkpoints: their method, and whether transformers can load them here.
 
-config.json names the method, and transformers' quantiser of that method reads the tensors: as they are, or dequantised
-where the machine has no kernel for them. A conversion reads no tensor, and needs neither.
+config.json names the method, and transformers' quantiser for it loads the tensors: as they are, or dequantised where
+this machine has no kernel for them. A conversion reads no tensors, so it needs no quantiser.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def quantization_of(config: PreTrainedConfig) -> str | None:
 
 
 def check_quantization(path: str | os.PathLike[str], config: PreTrainedConfig) -> None:
-    """Check that transformers can load a checkpoint's quantised weights here; nothing where they are not quantised.
+    """Check that transformers can load a checkpoint's weights here, if they are quantised.
 
     Raises:
         ZebraError: it does not know the method, or lacks a package or a device for it.
@@ -40,7 +40,7 @@ def check_quantization(path: str | os.PathLike[str], config: PreTrainedConfig) -
     method = quantization_of(config)
     if method is None:
         return
-    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # it would take the weights for numbers
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # it would read the weights as if they were not quantised
         raise cannot_load(path, method, "this transformers does not know the method")
     try:
         _quantizer(config)
@@ -51,10 +51,10 @@ def check_quantization(path: str | os.PathLike[str], config: PreTrainedConfig) -
 def dtype_of_checks(
     path: str | os.PathLike[str], config: PreTrainedConfig, dtype: torch.dtype | None = None
 ) -> torch.dtype:
-    """The dtype in which a checkpoint is compared with another: float32, and bfloat16 where weights stay quantised.
+    """The dtype in which a checkpoint is compared with another: float32, or bfloat16 where weights stay quantised.
 
     Args:
-        dtype: another choice.
+        dtype: in place of float32.
 
     Raises:
         ZebraError: another dtype than bfloat16 for weights that stay quantised; as `check_quantization`.
@@ -71,23 +71,23 @@ def dtype_of_checks(
 
 
 def _stays_quantised(config: PreTrainedConfig) -> bool:
-    """Whether the model computes with the weights as stored; else transformers has no kernel here and dequantises."""
+    """Whether the model computes with the weights as stored; else transformers, without a kernel here, dequantises."""
     if quantization_of(config) is None:
         return False
     return not getattr(_quantizer(config).quantization_config, "dequantize", False)
 
 
 def _quantizer(config: PreTrainedConfig) -> Any:
-    """transformers' quantiser of a checkpoint, after its own checks of this machine."""
+    """transformers' quantiser for a checkpoint, after its own checks of this machine."""
     quantizer = AutoHfQuantizer.from_config(copy.deepcopy(_fields(config)), pre_quantized=True)
     quantizer.validate_environment(device_map=None, weights_only=True)
     return quantizer
 
 
 def set_dequantised_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give a dequantised model a dtype: transformers dequantises into bfloat16, whatever the argument says."""
+    """Convert a dequantised model to a dtype: transformers dequantises into bfloat16 whatever dtype it is given."""
     if quantization_of(model.config) is None:
-        for parameter in model.parameters():  # not `to`, which would round the rope's frequencies
+        for parameter in model.parameters():  # not model.to, which would round the rope's frequencies
             parameter.data = parameter.data.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint: their names, whether they hold the model of a config, and shared copies."""
+"""The weight files of a checkpoint: their names, whether they fit a config, and hard links to them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 
 def digest_of_weights(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Of each weight file of a checkpoint, by its path in it, a hash of its size and of 64 evenly spread samples."""
+    """A hash of each weight file's size and of 64 evenly spread samples, by the file's path in the checkpoint."""
     digests = {}
     for name in _weight_files(Path(path)):
         file = Path(path) / name
@@ -47,7 +47,7 @@ def digest_of_weights(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> list[str]:
-    """The weight files that transformers would load from a checkpoint on disk, relative to it, by their headers alone.
+    """Check the weights of a checkpoint by their headers alone; return the files that transformers would load.
 
     Raises:
         ZebraError: no weights, a missing, corrupt or truncated shard, or one outside the directory; tensors that are
@@ -62,7 +62,7 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
         try:
             headers |= _headers(directory / name)
         except _UNREADABLE as error:
-            if "unsupported global" in str(error).lower():  # torch advises to load it all the same
+            if "unsupported global" in str(error).lower():  # torch advises to load it anyway
                 raise ZebraError(
                     f"{directory / name} is a pickle of more than tensors, which would run code when it is loaded. "
                     "Take the checkpoint as model.safetensors."
@@ -74,7 +74,7 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
 
 
 def _weight_files(directory: Path) -> list[str]:
-    """The weight files in transformers' order of preference; an index of the original format is not read."""
+    """The weight files, in transformers' order of preference, by their paths in the directory."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (directory / single).is_file():
             return [single]
@@ -95,7 +95,7 @@ def _weight_files(directory: Path) -> list[str]:
 
 
 class _Header(NamedTuple):
-    """A tensor's shape and dtype; no dtype for integers and 8 bits, in which no weights are computed."""
+    """A tensor's shape and dtype; dtype None for integers and 8-bit types, in which no model computes."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
@@ -105,7 +105,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def _headers(file: Path) -> dict[str, _Header]:
-    """Each tensor's header, without reading the tensor."""
+    """The header of each tensor in a file, without its values."""
     if file.suffix == ".safetensors":
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -119,9 +119,9 @@ def _headers(file: Path) -> dict[str, _Header]:
 
 
 def correct_by_weights(config: PreTrainedConfig, path: str | os.PathLike[str]) -> None:
-    """Set by the tensors on disk what a config may have wrong: whether the head is tied, and a missing dtype.
+    """Correct a config by the tensors on disk: whether the head is tied, and a missing dtype.
 
-    It does nothing where the weights cannot be read; `check_weights` gives the reason.
+    Nothing is done where the weights cannot be read; `check_weights` gives the reason.
     """
     with suppress(ZebraError, *_UNREADABLE):
         if config.dtype is None:
@@ -132,7 +132,7 @@ def correct_by_weights(config: PreTrainedConfig, path: str | os.PathLike[str]) -
 
 
 def _has_own_head(directory: Path, ties: dict[str, str]) -> bool:
-    """Whether a checkpoint holds a head beside its embeddings, with other values."""
+    """Whether a checkpoint has both a head and embeddings, with different values."""
     where = {name: directory / file for file in _weight_files(directory) for name in _headers(directory / file)}
     both = [pair for pair in ties.items() if {*pair} <= {*where}]
     pairs = [[_tensor(where[name], name) for name in names] for names in both]
@@ -147,7 +147,7 @@ def _tensor(file: Path, name: str) -> Tensor:
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> torch.dtype:
-    """The dtype of most of a checkpoint's numbers, whatever its config has; float32 where no tensor has floats."""
+    """The dtype of most of a checkpoint's parameters, whatever its config says; float32 where no tensor has floats."""
     sizes: Counter[torch.dtype] = Counter()
     for name in _weight_files(Path(path)):
         for header in _headers(Path(path) / name).values():
@@ -168,10 +168,10 @@ def _check_tensors(path: str | os.PathLike[str], config: PreTrainedConfig, heade
         raise ZebraError(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
     if quantization_of(config) is not None:
         return _check_quantised(path, model, headers)
-    # Of two tied tensors either may be the one that was saved.
+    # Either of two tied tensors may be the one that was saved.
     tied = dict(model.all_tied_weights_keys) if config.tie_word_embeddings else {}
     tied |= {second: first for first, second in tied.items()}
-    # Experts lie one by one in the files, and together in the model.
+    # Experts are single tensors in the files, and stacked in the model.
     expected = revert_weight_conversion(model, model.state_dict())
     ignored = "|".join([*(model._keys_to_ignore_on_load_unexpected or ()), _ROTARY])
     unused = [name for name in headers if name not in expected and name not in tied and not re.search(ignored, name)]
@@ -196,7 +196,7 @@ def _check_tensors(path: str | os.PathLike[str], config: PreTrainedConfig, heade
 
 
 def _check_numbers(path: str | os.PathLike[str], expected: dict[str, Tensor], headers: dict[str, _Header]) -> None:
-    """Check that no weight is quantised, without a config that says so."""
+    """Check that no weight is quantised without a config that says so."""
     for name, header in headers.items():
         weight = name if name in expected else f"{name.rpartition('.')[0]}.weight"
         instead = weight == name or weight not in headers  # GPTQ has a qweight in place of a weight
@@ -208,7 +208,7 @@ def _check_numbers(path: str | os.PathLike[str], expected: dict[str, Tensor], he
 
 
 def _check_quantised(path: str | os.PathLike[str], model: PreTrainedModel, headers: dict[str, _Header]) -> None:
-    """As `_check_tensors`, by modules: each method has tensors of its own names in place of a module's weight."""
+    """As `_check_tensors`, by module: each method has tensors with names of its own in place of a module's weight."""
     modules, parameters = {name for name, _ in model.named_modules() if name}, model.state_dict()
     owners = {name.rpartition(".")[0] for name in parameters}
     parents = {name: [name[:i] for i, letter in enumerate(name) if letter == "."] for name in headers}
@@ -219,7 +219,7 @@ def _check_quantised(path: str | os.PathLike[str], model: PreTrainedModel, heade
         name
         for name, tensor in parameters.items()
         if name in headers and headers[name].dtype and headers[name].shape != tuple(tensor.shape)
-        if not any(other.startswith(f"{name}.") for other in headers)  # it is packed, and the others say how
+        if not any(other.startswith(f"{name}.") for other in headers)  # it is packed, and the other tensors say how
     ]
     for what, names in (("no module for", unused), ("no tensor of", absent), ("another shape of", wrong)):
         if names:
@@ -230,7 +230,7 @@ def _check_quantised(path: str | os.PathLike[str], model: PreTrainedModel, heade
 
 
 def share_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Give files of a checkpoint, by their paths relative to it, to another: hard links where possible, else copies."""
+    """Put files of a checkpoint, by their paths in it, into another: hard links where possible, else copies."""
     for name in names:
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def share_files(source: Path, target: Path, names: Sequence[str]) -> None:
 def copy_other_files(source: Path, target: Path, weights: Sequence[str]) -> None:
     """Copy the files beside a checkpoint's weights: the tokenizer, the generation config, the index of shards.
 
-    Weights in other formats are left out.
+    Weights in any other format are left out.
     """
     leave = {"config.json", "zebra.json", *weights}
     for file in sorted(source.iterdir()):
@@ -260,6 +260,6 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pth", ".pt", ".gguf", ".h5", ".msgp
 
 
 def _copy_new(source: Path, target: Path) -> None:
-    """Copy a file's content to a new name; an existing file may be a link to the source."""
+    """Copy a file's content to a new file, never into an existing one, which may be a link to the source."""
     with source.open("rb") as read, target.open("xb") as written:
         shutil.copyfileobj(read, written, 1 << 24)

@@ -1,7 +1,7 @@
 """Self-Extend (arXiv 2401.01325) for a loaded model.
 
 `probe` tests whether its layers can have it, `apply` sets it on them, `layer` computes it in one layer, and `formula`
-is the paper's formula, the oracle.
+is the oracle, the paper's formula.
 """
 
 from __future__ import annotations

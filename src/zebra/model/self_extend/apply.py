@@ -1,7 +1,7 @@
-"""Self-Extend set on a loaded model.
+"""Set Self-Extend on a loaded model.
 
-Each global layer with a rope gets an attention override. Local layers never look beyond their window and stay as they
-are, and so do layers without a rope. config.json has no field for it, so a saved checkpoint is without it.
+Each global layer with a rope gets an attention override. Local layers, which never look beyond their window, and layers
+without a rope stay as they are. config.json has no field for Self-Extend, so a saved checkpoint is without it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from zebra.positions import SelfExtend, check_rotatable_rope, no_global_layer
 
 
 def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig) -> SelfExtend:
-    """The setting for a model, with `auto:TARGET` computed from the length that it reaches.
+    """The setting for a model, with `auto:TARGET` computed from the model's longest text.
 
     Raises:
-        ZebraError: a window at or beyond the trained length, a rope that changes with length, no trained length.
+        ZebraError: another notation; a config without max_position_embeddings; ALiBi, or a rope that changes with
+            length; a window at or beyond the trained length.
     """
     text = config.get_text_config()
     trained = longest_text(config)
@@ -46,10 +47,11 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     """Set Self-Extend on the global layers of a loaded model, after a test that each one's rope can be rotated again.
 
     Raises:
-        ZebraError: no global layer with a rope, a model that cannot run on our cache, and as `attention_layers`.
+        ZebraError: no global layer with a rope, a model that cannot run with zebra's cache, layers with other
+            overrides; as `attention_layers`.
     """
     trained = longest_text(model.config)
-    assert trained is not None  # as the setting was resolved
+    assert trained is not None  # `resolve_self_extend` checked it
     if others := names_of_other_overrides(model, LocalAttention, SelfExtendAttention):
         raise ZebraError(
             f"Self-Extend maps the positions of tokens, and this model has layers with {others}. Load it without."
@@ -78,12 +80,12 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
 
 
 def self_extend_of(model: nn.Module) -> SelfExtend | None:
-    """The setting that a model was loaded with."""
+    """The setting that a model was loaded with; None without Self-Extend."""
     return next((override.rotation.setting for override in overrides_of(model, SelfExtendAttention)), None)
 
 
 def bounded_cache(model: PreTrainedModel) -> StripedCache:
-    """The cache that `generate` uses after `zebra.load`, for code that calls the model itself."""
+    """The cache that `generate` uses after `zebra.load`, for code that calls the model directly."""
     extended = overrides_of(model, SelfExtendAttention)
     windows = {override.layer_idx: override.rotation.setting.window for override in extended}
     local = local_attention_of(model)

@@ -1,10 +1,10 @@
-"""Self-Extend as its formula: one full matrix of scores by `relative`, from queries and keys without a rope.
+"""Self-Extend by its formula: one full score matrix with the distances of `relative`, from unrotated queries and keys.
 
     s_ij = scale * <rotated by relative(i, j) f: q_i, k_j>,    out_i = sum over visible j of softmax(s_i)_j v_j
 
-The oracle of `zebra.model.self_extend.layer`. They share only the frequencies and how transformers rounds angles: here
-are no near and far parts, no second rotation, no merge and no cache, and all is float64. With every position 0, queries
-and keys arrive as they were before the rope.
+The oracle of `zebra.model.self_extend.layer`. Both share only the frequencies and how transformers rounds angles. The
+formula has no near and far parts, no second rotation, no merge and no cache, and computes in float64. All position ids
+are 0, so that queries and keys arrive as they were before the rope.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SCORES_AT_A_TIME = 1 << 23
 
 
 class FormulaAttention:
-    """The attention override of one layer by the formula; plain causal attention with its rope without a setting."""
+    """An override that computes one layer by the formula; without a setting, causal attention with the layer's rope."""
 
     def __init__(self, layer: AttentionLayer, setting: SelfExtend | None, trained: int):
         self.layer, self.trained = layer, trained
@@ -50,7 +50,7 @@ class FormulaAttention:
         with_lse: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """As `AttentionOverride.attend`, over a whole text without padding; packed documents are not told apart.
+        """As `AttentionOverride.attend`, over a whole text without padding; packed documents are not kept apart.
 
         Args:
             q: (B, H, N, D). k, v: (B, K, N, D).
@@ -94,7 +94,7 @@ class FormulaAttention:
         size = len(self.layer.frequencies)
         products = q[..., 2 * size :] @ k[..., 2 * size :].mT
         for r, frequency in enumerate(self.layer.frequencies.float()):
-            # What the angles of transformers, which are float32 in any dtype, differ by from p f.
+            # How much transformers' angles, which are float32 in any dtype, differ from p f.
             at_query, at_key = ((p.float() * frequency).double() - p * frequency.double() for p in positions)
             angle = distance.clamp(min=0) * frequency.double() + at_query - at_key
             q1, q2 = q[..., r, None], q[..., r + size, None]
@@ -105,7 +105,7 @@ class FormulaAttention:
 
 @contextmanager
 def formula_logits(model: PreTrainedModel, setting: SelfExtend | None) -> Iterator[Callable[..., Tensor]]:
-    """Within this context a function from tokens (B, N) to logits (B, N, V), every layer computed by the formula."""
+    """Yield a function from tokens (B, N) to logits (B, N, V), with every layer computed by the formula."""
     trained = longest_text(model.config) or 0
     with ExitStack() as stack:
         for layer in attention_layers(model, local=True):

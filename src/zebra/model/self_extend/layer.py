@@ -5,8 +5,8 @@ r"""Self-Extend (arXiv 2401.01325) in one layer of a model with a half-split rot
     f f f f f \ \ \
     f f f f f f \ \ \               No distance reaches the trained length, and nothing is trained.
 
-Keys and queries arrive rotated to the positions that transformers gave them. A second rotation, by the difference to
-another position, takes them to that one, so no forward is changed.
+Keys and queries arrive rotated to the positions that transformers gave them. A second rotation, by the difference,
+moves them to their grouped positions, so that no forward is changed.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Rotation = tuple[Tensor, Tensor]
 def rotation_between(frequencies: Tensor, old: Tensor, new: Tensor, dtype: torch.dtype) -> Rotation:
     """The rotation that takes vectors from the positions `old` to `new`.
 
-    transformers takes its angles in float32, off by up to p 2^-24 at position p. Angles are formed its way here, so
-    that a second rotation equals the one rotation to `new`, however long the text.
+    transformers computes its angles in float32, with an error of up to p 2^-24 at position p. Here they are computed in
+    the same way, so that a second rotation equals one rotation to `new`, however long the text.
 
     Args:
         frequencies: (R).
-        old: (1 or B, T). new: (1 or B, T), or of n targets (n, 1 or B, T).
+        old: (1 or B, T). new: (1 or B, T), or (n, 1 or B, T) for n targets.
 
     Returns:
         Two tensors (1 or B, 1, T, 2 R), or (n, 1 or B, 1, T, 2 R).
@@ -56,7 +56,7 @@ def rotation_between(frequencies: Tensor, old: Tensor, new: Tensor, dtype: torch
 def rotate(states: Tensor, rotation: Rotation) -> Tensor:
     """`states` (B, H or K, T, D) rotated in the planes of the dimensions r and r + R < 2 R; other dimensions unchanged.
 
-    x_r cos - x_(r + R) sin,   x_(r + R) cos + x_r sin: in few calls, as each one costs time in decode.
+    x_r cos - x_(r + R) sin,   x_(r + R) cos + x_r sin: in few calls, as each one costs time in decoding.
     """
     cos, sin = rotation
     size = cos.shape[-1]
@@ -67,13 +67,13 @@ def rotate(states: Tensor, rotation: Rotation) -> Tensor:
 
 @dataclass(frozen=True)
 class _Positions:
-    """The positions of the T tokens of one forward.
+    """The positions of the T tokens of one forward pass.
 
     Attributes:
-        original: as transformers numbers them, (1 or B, T).
+        original: the positions from transformers, (1 or B, T).
         padding: the mask of the keys, (B, S), or None. total: S.
-        offset: `original` less the index in the sequence, padding counted, (1 or B, 1); see `_offset`.
-        document_start: the original position of the first real token of each one's document, (1 or B, 1 or T).
+        offset: `original` minus the index in the sequence, padding counted, (1 or B, 1); see `_offset`.
+        document_start: the original position of the first real token of each token's document, (1 or B, 1 or T).
         query_rotation, key_rotation: the rotations to their grouped positions.
         query_scale: what the queries are multiplied by, (1 or B, 1, T, 1), or None.
     """
@@ -89,24 +89,24 @@ class _Positions:
 
     @property
     def past(self) -> int:
-        """The tokens before this forward's, S - T."""
+        """The number of earlier tokens, S - T."""
         return self.total - self.original.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rotations."""
+        """The dtype of the rotations."""
         return self.key_rotation[0].dtype
 
 
 class GroupedRotation:
-    """A rope that layers share, and the positions of the current forward, computed in its first layer only.
+    """A rope that layers share, and the positions of the current forward pass, computed only in its first layer.
 
-    The frequencies are read from the model's own buffer in every forward: a conversion of the model
+    The frequencies are read from the model's own buffer in every forward pass, as a conversion of the model
     (`.to(torch.bfloat16)`) rounds them.
 
     Args:
         rope: the model's rotary embedding.
-        buffer: the name in it of the frequencies (R).
+        buffer: the name of its buffer of frequencies (R).
         setting: the group and the window.
         trained: the length that the model was trained at.
     """
@@ -120,14 +120,14 @@ class GroupedRotation:
         return self.__dict__ | {"_latest": None}
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """The model's frequencies (R), in float32 as transformers takes them whatever their dtype."""
+        """The model's frequencies (R), in float32, which transformers converts them to."""
         frequencies: Tensor = getattr(self.rope, self.buffer)
         return frequencies.to(device).float()
 
     def positions(
         self, position_ids: Tensor, mask: Mask, total: int, dtype: torch.dtype, *, recompute: bool
     ) -> _Positions:
-        """Those of the last T of `total` tokens: the previous layer's, unless `recompute` or the inputs changed."""
+        """The positions of the last T of `total` tokens: the previous layer's, unless `recompute` or inputs changed."""
         if (latest := self._latest) is not None and not recompute:
             same_inputs = latest.original is position_ids and latest.padding is mask.keys
             if same_inputs and (latest.total, latest.dtype) == (total, dtype):
@@ -156,7 +156,7 @@ class GroupedRotation:
         return latest  # another thread may have replaced the attribute
 
     def rotation_of_all_keys(self, positions: _Positions) -> Rotation:
-        """The rotation of all S keys, those before this forward's tokens too."""
+        """The rotation of all S keys, those of earlier tokens included."""
         past = positions.past
         if past == 0:
             return positions.key_rotation
@@ -169,7 +169,7 @@ class GroupedRotation:
     def check_continues(self, key: Tensor | PendingKeys, positions: _Positions) -> None:
         """Reject new tokens whose positions do not continue those of the cached ones; `key` is (B, K, S, D).
 
-        Our cache remembers where its sequences begin. In any other they begin at 0, or with padding that is counted.
+        zebra's cache remembers where its sequences begin. In any other they begin at 0, or with counted padding.
         """
         if isinstance(key, PendingKeys):
             continues = key.layer.continues(positions.offset)
@@ -192,10 +192,10 @@ _MIXED = -NO_POSITION
 
 
 def _offset(positions: Tensor, keys: Tensor | None, total: int) -> Tensor:
-    """The positions (1 or B, T) of the new tokens less their indices in the sequence, padding counted: (1 or B, 1).
+    """The positions (1 or B, T) of the new tokens minus their indices in the sequence, padding counted: (1 or B, 1).
 
-    One number as long as a sequence goes on without gaps. `NO_POSITION` where all new tokens are padding, `_MIXED`
-    where they differ in it.
+    It is one number while a sequence continues without gaps. `NO_POSITION` where all new tokens are padding, `_MIXED`
+    where they have different offsets.
     """
     queries = positions.shape[1]
     if queries == 1 and keys is None:
@@ -211,7 +211,7 @@ def _offset(positions: Tensor, keys: Tensor | None, total: int) -> Tensor:
 def _document_start(positions: Tensor, mask: Mask, total: int, offset: Tensor) -> Tensor:
     """The position of the first real token of each token's document: (1 or B, 1), or (B, T) with documents.
 
-    A plain forward without positions counts padding and `generate` does not; so true positions are differences.
+    A plain forward without positions counts padding, and `generate` does not, so true positions are differences.
     """
     if mask.keys is None and mask.documents is None:
         return offset
@@ -222,7 +222,7 @@ def _document_start(positions: Tensor, mask: Mask, total: int, offset: Tensor) -
 
 
 def _invalid_step(positions: Tensor, mask: Mask, total: int, offset: Tensor) -> str | None:
-    """The first positions that neither continue the ones before nor start a document, in words; None where all do.
+    """The first positions that neither continue earlier ones nor start a document, in words; None if there are none.
 
     Raises:
         ZebraError: padding between real tokens.
@@ -255,7 +255,7 @@ class SelfExtendAttention:
     Args:
         rotation: shared by all layers with the same frequencies.
         layer_idx: the layer's index.
-        first: whether it is the first layer of `rotation` in a forward.
+        first: whether it is the first of these layers in a forward pass.
     """
 
     def __init__(self, rotation: GroupedRotation, layer_idx: int, *, first: bool):
@@ -275,9 +275,12 @@ class SelfExtendAttention:
         """As `AttentionOverride.attend`, query (B, H, T, D) and value (B, K, S, D).
 
         Args:
-            positions: (1 or B, T), or (1 or B, S) of the keys too, which then may be packed documents' whatever T.
-            key: (B, K, S, D), all keys at the positions that transformers gave them; or only the new ones, from our
-                cache, which holds the others. Without our cache all keys are rotated in every forward, which is slow.
+            positions: (1 or B, T), or (1 or B, S) with those of all keys, which allows packed documents for any T.
+            key: (B, K, S, D), all keys at the positions that transformers gave them; or only the new ones, from zebra's
+                cache, which has the others. Without that cache all keys are rotated each time, which is slow.
+
+        Raises:
+            ZebraError: no positions, or positions that do not continue those of the cached tokens.
         """
         if positions is None:
             raise ZebraError(NO_POSITION_IDS)

@@ -1,7 +1,7 @@
-"""How each layer of a model rotates its queries and keys, probed with one token at several positions.
+"""Find out how each layer of a model rotates its queries and keys, with one token at several positions.
 
-No list of families decides whether a model can have Self-Extend. A token that is alone attends only to itself, so only
-the rope distinguishes its positions, and each layer shows which frequencies rotate it.
+No list of families decides whether a model can have Self-Extend. A single token attends only to itself, so only the
+rope depends on its position, and each layer shows which frequencies rotate it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from zebra.positions import check_rotatable_rope
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CANNOT_RUN = (AttributeError, RuntimeError, TypeError, ValueError)
-"""The errors by which a model of transformers shows that it cannot run."""
+"""The errors of a transformers model that cannot run."""
 
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """An attention module: its window and sinks where it is local, and what rotates its queries and keys.
+    """An attention module, with its window and sinks if it is local, and what rotates its queries and keys.
 
     Attributes:
         rope: the name of the buffer that holds the frequencies; None where nothing rotates them.
@@ -47,8 +47,8 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Att
     """The global attention layers of a model, and with `local` the local ones too.
 
     Raises:
-        ZebraError: no rotary embedding; attention that is not reached by a registered function, or gets no positions;
-            values of another size than keys; a layer whose queries and keys are rotated in another way.
+        ZebraError: no rotary embedding; attention that is no registered function, or gets no positions; values of
+            another head size than keys; a layer whose queries and keys are rotated in another way.
     """
     ropes = {
         name: buffer
@@ -75,7 +75,7 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Att
 
 
 class ProbeAttention:
-    """An attention override that records what rotates each layer, for one token alone at each of several positions.
+    """An attention override that records what rotates each layer, for a single token at each of several positions.
 
     Attributes:
         ropes: the frequencies (R) of each rope of the model, by the name of the buffer.
@@ -100,7 +100,7 @@ class ProbeAttention:
         /,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `AttentionOverride.attend`, of query (B, H, 1, D), key and value (B, K, 1, D)."""
+        """As `AttentionOverride.attend`, for query (B, H, 1, D), key and value (B, K, 1, D)."""
         if positions is None:
             raise ZebraError(NO_POSITION_IDS)
         if value.shape[-1] != query.shape[-1]:
@@ -118,7 +118,7 @@ class ProbeAttention:
         """Which frequencies rotate the queries and keys of a module; None where nothing rotates them.
 
         Raises:
-            ZebraError: none of the model's, by half-split pairs.
+            ZebraError: something else than the model's own frequencies in half-split pairs.
         """
         vectors_at_0 = [states[:1].expand_as(states).float() for states in vectors]
         tolerance = _TOLERANCE[vectors[0].dtype]

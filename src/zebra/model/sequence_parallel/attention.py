@@ -1,4 +1,4 @@
-"""The attention of a model whose sequences are split: each chunk's queries over all keys that they see."""
+"""Attention over split sequences: each chunk's queries attend to all keys that they see."""
 
 from __future__ import annotations
 
@@ -32,16 +32,15 @@ from zebra.shards import Shards
 
 
 def set_sequence_parallel(model: PreTrainedModel, group: dist.ProcessGroup | None, *, ring: bool = False) -> None:
-    """Make a loaded model attend over sequences whose shards (`shard_batch`) the processes of a group hold.
-
-    None makes it read whole sequences again.
+    """Make a loaded model attend over sequences that are split over a group of processes by `shard_batch`.
 
     Args:
-        ring: global layers pass keys and values round a ring, and do not gather them.
+        group: None makes the model read whole sequences again.
+        ring: global layers pass keys and values round a ring instead of gathering them.
 
     Raises:
-        ZebraError: a rope that changes with the length, which a shard does not know; layers that attend by other means
-            than a window, sinks and Self-Extend; a ring under Self-Extend or ALiBi.
+        ZebraError: a rope that changes with the length, which a shard does not know; overrides other than those of
+            sinks, full decoding and Self-Extend; a ring under Self-Extend or ALiBi.
     """
     if kind := changes_with_length(model.config):
         raise ZebraError(
@@ -59,7 +58,7 @@ def set_sequence_parallel(model: PreTrainedModel, group: dist.ProcessGroup | Non
 
 
 def _check_ring(model: PreTrainedModel) -> None:
-    """Reject what is not a softmax of the same scores wherever a key stands."""
+    """Reject Self-Extend and ALiBi, whose scores depend on how far away a key is."""
     wrapped = [override.own for override in overrides_of(model, SequenceParallelAttention)]
     of_layers = [*overrides_of(model, SelfExtendAttention), *wrapped]
     extended = any(isinstance(override, SelfExtendAttention) for override in of_layers)
@@ -77,8 +76,8 @@ class SequenceParallelAttention:
 
     Attributes:
         group: the processes that share a sequence, in the order of `Shards`.
-        own: the override that the layer had; None where it attends by `zebra.kernels.attend`.
-        ring: whether a global layer passes keys and values round.
+        own: the layer's previous override; None where it attends by `zebra.kernels.attend`.
+        ring: whether global layers pass keys and values round a ring.
     """
 
     group: dist.ProcessGroup
@@ -104,9 +103,10 @@ class SequenceParallelAttention:
 
         Args:
             key, value: (B, K, n, D) of the shard.
-            mask: that of the shard, of which only the window is used.
-            sequence_keys, sequence_documents: (B, P n), or None where all tokens are real, or of one document.
-            sequence_positions: (1 or B, P n), or None where all tokens are real and of one document.
+            mask: that of the shard; only its window is used.
+            sequence_keys, sequence_documents: (B, P n), of the whole sequence; None where all tokens are real, or in
+                one document.
+            sequence_positions: (1 or B, P n); None where all tokens are real and in one document.
 
         Raises:
             ZebraError: cached tokens.
@@ -115,7 +115,7 @@ class SequenceParallelAttention:
         if not isinstance(key, Tensor) or key.shape[2] != length:
             raise ZebraError("a sequence that is split over processes is read whole. Pass use_cache=False.")
         if not isinstance(self.own, SelfExtendAttention):
-            query, key, value = autocast(query, key, value)  # as `attend` would, before they travel
+            query, key, value = autocast(query, key, value)  # as `attend` would, before they are sent
         whole = replace(mask, keys=sequence_keys, documents=sequence_documents)
         if self.ring and mask.window is None:
             return ring_attention(query, key, value, whole, group=self.group, **kwargs)
@@ -137,7 +137,7 @@ class SequenceParallelAttention:
     def _behind_sinks(
         self, states: Tensor, whole: Mask, shards: Shards, fetched: list[tuple[Tensor, Tensor]], masks: list[Mask]
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Mask]]:
-        """What both chunks see, keys, values and masks, with the sinks that stand before."""
+        """The keys, values and masks that each of both chunks sees, with the sinks put before them."""
         assert isinstance(self.own, LocalAttention)
         rank, sinks, shape = dist.get_rank(self.group), self.own.sinks, (len(states), shards.padded)
         width = fetched[0][0].shape[3]
@@ -148,7 +148,7 @@ class SequenceParallelAttention:
         for i, (of_chunk, mask) in enumerate(zip(fetched, masks, strict=True)):
             table = tables[rank][:, i]
             table = table if bool((table >= 0).any()) else table[:, :0]
-            # None of them still stands in the graph: in the backward all processes exchange.
+            # Even no sinks stay in the graph: in the backward pass all processes take part in the exchange.
             first = tokens[:, :, i * sinks : i * sinks + table.shape[1]].tensor_split([width], dim=3)
             key, value = (torch.cat(parts, dim=2) for parts in zip(first, of_chunk, strict=True))
             behind.append((key, value))
@@ -160,7 +160,7 @@ def _positions_up_to(positions: Tensor | None, of_sequence: Tensor | None, start
     """The positions of the first `end` tokens of a sequence, (1 or B, end).
 
     Args:
-        positions: of the shard, (1 or B, n), whose first token stands at `start`.
+        positions: of the shard, (1 or B, n), whose first token is token `start` of the sequence.
         of_sequence: of the whole sequence; None where they rise by 1 throughout.
     """
     if of_sequence is not None:

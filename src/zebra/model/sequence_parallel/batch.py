@@ -1,4 +1,4 @@
-"""A batch's shard on each process, and the losses of its tokens back in their order."""
+"""Split a batch into one shard for each process, and put the losses of its tokens back in order."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from zebra.model.sequence_parallel.attention import SequenceParallelAttention
 from zebra.shards import Shards
 
 WHOLE = ("sequence_keys", "sequence_documents", "sequence_positions")
-"""Arguments of a forward that reach attention, for all tokens of the sequence: which are real, where there is padding,
-and their documents and positions, where there are several documents.
+"""Arguments of a forward pass for attention, of the whole sequence: which tokens are real, if there is padding, their
+documents, if there are several, and their positions, in either case.
 """
 
 
 def shard_batch(batch: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
-    """One process's shard of a batch that all processes of its group hold whole.
+    """One process's shard of a batch, which all processes of its group hold whole.
 
     Args:
-        batch: `input_ids` (B, N) and, where there are any, `attention_mask`, `position_ids` and `labels` (B, N), and
-            the arguments that name packed documents (`zebra.model.documents`). Others are passed on.
-        rank, size: this process among those that share the sequence.
+        batch: `input_ids` (B, N), optionally `attention_mask`, `position_ids` and `labels` (B, N), and the arguments
+            that name packed documents (`zebra.model.documents`). All others are passed on.
+        rank, size: this process's rank, and the number of processes that share the sequence.
 
     Returns:
-        The arguments of the model for the tokens of `Shards.held`, (B, n) each. `labels` are (B, n + 1) for the loss of
-        `zebra.model.loss`: one that is ignored, and then what each token predicts, across the ends of chunks too.
+        The model's arguments for the tokens of `Shards.held`, (B, n) each, and those of `WHOLE`. `labels` are
+        (B, n + 1) for `zebra.model.loss`: an ignored one, then what each token predicts, also at the ends of chunks.
     """
     batch = dict(batch)
     packing = {name: batch.pop(name, None) for name in PACKING_KWARGS}
@@ -52,7 +52,7 @@ def shard_batch(batch: Mapping[str, Any], rank: int, size: int) -> dict[str, Any
         shared["sequence_documents"] = torch.cat([documents, documents[:, -1:].expand(-1, missing)], dim=1)
     if shared:
         shared["sequence_positions"] = whole["position_ids"]
-    # Learned positions end where the longest text does; nothing sees those of the padding.
+    # A table of learned positions ends with the longest text; no token sees the padding's.
     whole["position_ids"] = whole["position_ids"].clamp(max=int(positions.max()))
 
     def own(tensor: Tensor) -> Tensor:
@@ -65,18 +65,18 @@ def shard_batch(batch: Mapping[str, Any], rank: int, size: int) -> dict[str, Any
 
 
 def _group_of(model: nn.Module) -> dist.ProcessGroup | None:
-    """The processes over which a model's sequences are split; None where it reads whole ones."""
+    """The processes over which a model's sequences are split; None if it reads whole sequences."""
     return next((override.group for override in overrides_of(model, SequenceParallelAttention)), None)
 
 
 def shard_for(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """This process's shard of a batch, or the batch itself where the model reads whole sequences."""
+    """This process's shard of a batch, or the batch itself if the model reads whole sequences."""
     group = _group_of(model)
     return dict(batch) if group is None else shard_batch(batch, dist.get_rank(group), dist.get_world_size(group))
 
 
 def whole_losses(model: nn.Module, losses: Tensor, tokens: int) -> Tensor:
-    """The losses of a batch of (B, `tokens`), from what `token_losses` returns for `shard_for` of it."""
+    """The losses of a batch, (B, `tokens`), from those that `token_losses` returns for its shard from `shard_for`."""
     group = _group_of(model)
     if group is None:
         return losses

@@ -1,6 +1,6 @@
-"""How attention fetches other processes' tokens: in each layer one all-to-all, and one more for sinks.
+"""Fetch the keys and values of other processes: one all-to-all in each layer, and one more for sinks.
 
-In the backward the reversed all-to-all brings the gradients back to the tokens' owners, which add them up.
+In the backward pass the reverse all-to-all sends the gradients back to the tokens' owners, which add them up.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from zebra.shards import Shards
 def fetch(
     key: Tensor, value: Tensor, shards: Shards, window: int | None, group: dist.ProcessGroup
 ) -> list[tuple[Tensor, Tensor]]:
-    """The keys and the values that the queries of each of a process's chunks see, `Shards.seen`.
+    """The keys and values that the queries of each of this process's two chunks see (`Shards.seen`).
 
     Args:
         key, value: (B, K, n, D) of the shard.
 
     Returns:
-        Two of (B, K, S, D) for each chunk, all parts of one tensor.
+        For each chunk, keys and values (B, K, S, D), all views of one tensor.
     """
     gather = _Gather(shards, window, group, key.shape[3])
     first_key, first_value, second_key, second_value = _Fetch.apply(torch.cat([key, value], dim=3), gather)
@@ -36,7 +36,7 @@ def fetch(
 
 @dataclass(frozen=True)
 class _Gather:
-    """Which tokens go where, so that a process has all that it sees, once each and in their order."""
+    """Which tokens go where, so that a process has all that it sees, each once and in order."""
 
     shards: Shards
     window: int | None
@@ -53,7 +53,7 @@ class _Gather:
         return (first, second) if first.stop < second.start else (range(first.start, second.stop),)
 
     def pieces(self, owner: int, reader: int) -> list[tuple[slice, slice]]:
-        """The tokens of `owner` that `reader` sees: their places in the owner's shard, and in what the reader sees."""
+        """The tokens of `owner` that `reader` sees: slices of the owner's shard, and of what the reader sees."""
         pieces, before = [], 0
         for run in self.runs(reader):
             for at, held in zip((0, self.shards.chunk), self.shards.held(owner), strict=True):
@@ -65,7 +65,7 @@ class _Gather:
         return pieces
 
     def exchange(self, states: Tensor, into: Tensor, *, back: bool = False) -> None:
-        """Add the tokens of all shards (B, K, n, 2 D) to where they are seen (B, K, m, 2 D), or `back`."""
+        """Add the tokens of all shards (B, K, n, 2 D) to what this process sees (B, K, m, 2 D), or, `back`, reverse."""
         processes = range(self.shards.processes)
         sent = [[place for place, _ in self.pieces(self.rank, reader)] for reader in processes]
         received = [[place for _, place in self.pieces(owner, self.rank)] for owner in processes]
@@ -84,7 +84,7 @@ class _Gather:
 
 
 class _Fetch(torch.autograd.Function):
-    """Parts of one tensor, whose gradients go into one tensor, and to the owners, which add them up in float32."""
+    """Views of one tensor of all that is seen; their gradients return to the owners, which add them up in float32."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, gather: _Gather) -> tuple[Tensor, ...]:
@@ -108,7 +108,7 @@ class _Fetch(torch.autograd.Function):
 
 
 def _parts(seen: Tensor, gather: _Gather) -> tuple[Tensor, ...]:
-    """The keys and the values of the first chunk, and of the second, in all that a process sees."""
+    """The keys and the values that the first chunk sees, then those of the second, in all that a process sees."""
     first, second = (len(tokens) for tokens in gather.shards.seen(gather.rank, gather.window))
     chunks = seen[:, :, :first], seen[:, :, seen.shape[2] - second :]
     return tuple(part for chunk in chunks for part in chunk.tensor_split([gather.width], dim=3))
@@ -117,14 +117,14 @@ def _parts(seen: Tensor, gather: _Gather) -> tuple[Tensor, ...]:
 def sinks_before(
     whole: Mask, first_keys: list[int], sinks: int, shape: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """For each of some chunks the sinks that stand before the keys that it sees: indices (B, chunks, sinks), or -1.
+    """The sinks before the keys that each of some chunks sees: indices (B, chunks, sinks), -1 where there is none.
 
-    They belong to the document of the first key that is seen. All other documents that a chunk sees begin behind it.
+    They belong to the document of the first key that is seen. All other documents that a chunk sees begin after it.
     The last column is the token nearest to that key.
 
     Args:
         first_keys: the first key that each chunk sees.
-        shape: B and the tokens of the whole sequence.
+        shape: B, and the number of tokens in the whole sequence.
     """
     start = torch.tensor(first_keys, device=device)[:, None]
     first = whole.first_tokens(shape[1], device).expand(shape)[:, first_keys, None]
@@ -138,9 +138,9 @@ def sinks_before(
 
 
 def fetch_tokens(states: Tensor, tables: list[Tensor], shards: Shards, rank: int, group: dist.ProcessGroup) -> Tensor:
-    """Single tokens from wherever they are: (B, K, s, D) from the shards (B, K, n, D); 0 where none is needed.
+    """Fetch single tokens from all processes: (B, K, s, D) from the shards (B, K, n, D); 0 where none is needed.
 
-    tables: the tokens that each process needs, (B, s), -1 for none.
+    tables: the indices of the tokens that each process needs, (B, s), -1 for none.
     """
     rows, c = states.transpose(1, 2), shards.chunk
     last = 2 * shards.processes - 1
@@ -163,12 +163,12 @@ def fetch_tokens(states: Tensor, tables: list[Tensor], shards: Shards, rank: int
 
 
 def with_sinks(seen: Mask, sinks: Tensor, keys: int) -> Mask:
-    """The mask of fetched sinks (B, s), -1 for none, in front of the keys of `seen`."""
+    """The mask of fetched sinks (B, s), -1 for none, before the keys of `seen`."""
     if not sinks.shape[1]:
         return seen
     real = sinks >= 0
     of_keys = real.new_ones(len(sinks), keys) if seen.keys is None else seen.keys.bool()
     documents = seen.documents
-    if documents is not None:  # sinks belong to the first document that is seen
+    if documents is not None:  # the sinks are of the first document that is seen
         documents = torch.cat([documents[:, :1].expand_as(sinks), documents], dim=1)
     return replace(seen, keys=torch.cat([real, of_keys], dim=1), documents=documents)

@@ -1,4 +1,4 @@
-r"""Global attention by a ring: shards of keys and values go round, and each process merges what it sees of them.
+r"""Global attention by a ring: shards of keys and values go round, and each process merges its attention over them.
 
     step            0            1            2            3         P = 4; each process passes on what it holds
     process 0    0 7 \|       1 6  b       2 5  b       3 4  b       chunks of keys, and the queries that see them:
@@ -6,16 +6,16 @@ r"""Global attention by a ring: shards of keys and values go round, and each pro
     process 2    2 5 \|       3 4  b       0   a b      1   a b
     process 3    3 4 \|       0   a b      1   a b      2   a b      so each step has 2 c^2 pairs in every process
 
-(Ring attention, arXiv 2310.01889, over `zebra.shards`.) Two keys' chunks of a later process are seen by the second
-chunk of queries alone; of an earlier process the first one is seen by all queries and the second one by none, so it is
-not passed on. That is what a gather carries, and the backward carries it again. Each step's output is merged by its
-log-sum-exp; its gradients follow from the merged output and log-sum-exp,
+(Ring attention, arXiv 2310.01889, over `zebra.shards`.) Both key chunks of a later process are seen only by the second
+chunk of queries. Of an earlier process, the first is seen by all queries and the second by none, so the second is not
+passed on. The ring sends as much as a gather, and the same again in the backward pass. Each step's output is merged by
+its log-sum-exp. Its gradients follow from the merged output and log-sum-exp,
 
     p_ij = exp(s_ij - lse_i),    ds_ij = p_ij (<do_i, v_j> - <do_i, out_i> + dlse_i)
 
-and those of keys and values go back to the process that holds them, which adds them up in float32.
+and those of keys and values go back to the process that owns them, which adds them up in float32.
 
-A chunk of keys is seen whole. `attend` is causal, so the process's own keys stand behind it, hidden:
+Another process's chunk is seen whole. `attend` is causal, so own keys follow it, hidden, one for each query:
 
     [ slot: 2 c of keys | own 2 c ]    queries are the last ones: b over [slot | a], a b over [c of the slot | a b]
 """
@@ -50,10 +50,10 @@ def ring_attention(
     with_lse: bool = False,
     **arguments: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Causal attention over a sequence that is split over processes.
+    """Causal attention over a sequence that is split over a group of processes.
 
     Args:
-        query: (B, H, n, D) of the shard. key, value: (B, K, n, D).
+        query: (B, H, n, D), the shard's. key, value: (B, K, n, D).
         whole: padding and documents of the whole sequence, (B, P n).
 
     Returns:
@@ -71,13 +71,13 @@ def ring_attention(
 
 
 class _Step(NamedTuple):
-    """What one process attends to in one step, the last keys hidden unless they are its own.
+    """What a process attends to in one step; the last keys are hidden unless it owns them.
 
     Attributes:
-        owner: the process whose keys they are.
-        queries: those of the shard that see them.
+        owner: the process that owns the keys.
+        queries: the queries of the shard that see them.
         keys, values: (B, K, S, D).
-        seen: how many of them are the owner's, from the first one on.
+        seen: how many of the keys, from the first on, are the owner's.
     """
 
     owner: int
@@ -90,7 +90,7 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Ring:
-    """The order of the steps, over shards of two chunks with keys of `width` numbers."""
+    """The order of the steps, over shards of two chunks of `chunk` tokens, with keys of size `width`."""
 
     group: dist.ProcessGroup
     whole: Mask
@@ -98,7 +98,7 @@ class _Ring:
     width: int
 
     def steps(self, states: Tensor) -> Iterator[_Step]:
-        """Every step, from a shard (B, K, n, 2 D) of keys and values; the next ones travel while one is computed."""
+        """Yield each step, from a shard (B, K, n, 2 D) of keys and values; the next one's are sent in the meantime."""
         rank, size, n = self.rank, self.size, 2 * self.chunk
         own = states.permute(2, 0, 1, 3)
         rows = torch.cat([torch.zeros_like(own), own])
@@ -126,7 +126,7 @@ class _Ring:
         return self.chunk if owner < reader else 2 * self.chunk
 
     def send(self, rows: Tensor, reader: int, source: int, count: int) -> Tensor:
-        """`rows` to one process of the group, and `count` rows from another."""
+        """Send `rows` to the process `reader` of the group, and receive `count` rows from `source`."""
         outgoing, incoming = [0] * self.size, [0] * self.size
         outgoing[reader], incoming[source] = len(rows), count
         coming: Tensor = all_to_all_single(rows.contiguous(), incoming, outgoing, self.group)
@@ -142,7 +142,7 @@ class _Ring:
         return _Step(owner, queries, keys, values, self._mask(owner, count, hidden, states), count)
 
     def _mask(self, owner: int, count: int, hidden: int, states: Tensor) -> Mask:
-        """The mask of the owner's first `count` tokens, and of `hidden` queries behind them."""
+        """The mask of the owner's first `count` tokens, and of `hidden` hidden keys after them."""
         shards, whole = Shards(self.size * 2 * self.chunk, self.size), self.whole
         of_owner = shards.held(owner)[: count // self.chunk]
         of_queries = shards.held(self.rank)[2 - hidden // self.chunk :]
@@ -191,7 +191,7 @@ class _RingAttention(torch.autograd.Function):
             of_query[at] += dq
             home = torch.cat([dk, dv], dim=3)[:, :, : step.seen].permute(2, 0, 1, 3)
             if step.owner != ring.rank:
-                reader = (2 * ring.rank - step.owner) % ring.size  # it has come as far with the keys of this process
+                reader = (2 * ring.rank - step.owner) % ring.size  # in this step it has this process's keys
                 home = ring.send(home, step.owner, reader, ring.count(ring.rank, reader))
             of_states[: len(home)] += home
         return of_query.to(query.dtype), of_states.permute(1, 2, 0, 3).to(states.dtype), None, None, None
