@@ -33,7 +33,7 @@ _BLOCKS = (64, 128, 256)
 _PART = 2048
 """Keys of a tile that are computed at a time, at most."""
 _SCORES_AT_ONCE = 1 << 20
-"""Scores computed at a time on a CPU: with fewer there are more calls, and more do not fit its caches."""
+"""Scores computed at a time on a CPU: with fewer, more calls are needed; more do not fit its caches."""
 _SPAN = 1024
 """Queries whose vectors are gathered into rows at a time."""
 

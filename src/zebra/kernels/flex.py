@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
-"""Queries, and keys, of a block."""
+"""The number of queries, and of keys, in a block."""
 
 
 def blocks(first: Tensor, end: Tensor, real: Tensor | None, keys: int, block: int = BLOCK) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ void product(int rows, const float* A, const float* B, int T, float* C) {
     product<N - NV * WIDTH, SR, ST, LD, ADD, LC>(rows, A, B + NV * WIDTH, T, C + NV * WIDTH);
 }
 
-// The same by matrix registers, for multiples of SIDE. Rows of A are LA apart; the next SIDE units of a row, NEXT.
+// The same by matrix registers, for multiples of SIDE. Strides of A: LA between rows, NEXT between SIDE units of a row.
 template <int N, int LA, int NEXT, int LD, bool ADD, int LC>
 void matrices(int rows, const float* A, const float* B, int T, float* C) {
   constexpr int TWO = 2 * SIDE;
@@ -714,7 +714,8 @@ struct Backward {
 
 // -- tasks in threads
 
-// Run all tasks; 1 if there was no memory for any, else 0. A task is one thread's, so their number changes no result.
+// Run all tasks; return 0, or 1 if no thread had memory. Each task runs in one thread, so the number of threads does
+// not change the result.
 template <class Worker, class... Shared> int in_threads(const Call& call, Shared... shared) {
   const int tasks = Worker::tasks(call);
   std::atomic<int> next{0}, working{0};

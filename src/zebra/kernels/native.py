@@ -5,8 +5,8 @@ padding and chunks are one case. The tiles and their arithmetic are those of `ba
 (FlashAttention, arXiv 2205.14135, sections 3.1 and 3.2). But a tile's scores never leave the L1 cache, and keys that
 half of a tile cannot see are not computed for that half.
 
-`decode` serves few queries over many keys. Each task is one part of the keys, read once for all queries of a group's
-heads. The parts are merged by their log-sum-exps.
+`decode` serves few queries over many keys. Each task is one part of the keys for all queries of a group's heads, 16 of
+them at a time. The parts are merged by their log-sum-exps.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Mask:
         return first, end
 
     def has_padding_holes(self, *, within_documents: bool = False) -> bool:
-        """Whether padding stands between the real tokens of a sequence, or of one of its packed documents."""
+        """Whether there is padding between the real tokens of a sequence, or of one of its packed documents."""
         if self.keys is None:
             return False
         real, keys = self.keys.bool(), self.keys.shape[1]

@@ -198,8 +198,8 @@ struct Matrices {
   Matrices(const Matrices&) = delete;
 };
 
-// C = or += A B for M times SIDE rows, N times SIDE lanes and T units, M and N 1 or 2. Rows are LA, LB and LC apart;
-// the next SIDE units of a row of A, NEXT.
+// C = or += A B for M times SIDE rows, N times SIDE lanes and T units, M and N 1 or 2. Strides between rows: LA,
+// LB and LC; NEXT between SIDE units of a row of A.
 template <int M, int N, int LA, int NEXT, int LB, bool ADD, int LC>
 __attribute__((noinline)) void matrix(const float* A, const float* B, int T, float* C) {
   asm volatile("" ::: "memory");  // GCC does not know that tile loads read memory

@@ -23,7 +23,7 @@ COLUMNS = 16
 
 
 class Tile(NamedTuple):
-    """The queries [s, e) of a batch entry and the keys [lo, hi) that they see; lo = hi where they see none."""
+    """The queries [s, e) of a batch entry, computed against the keys [lo, hi); lo = hi where they see none."""
 
     entry: int
     s: int

@@ -215,7 +215,7 @@ def checkpoint_digests(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def write_config(config: PreTrainedConfig, directory: Path) -> None:
-    """Write config.json with every field of its class, also defaults, which may differ in another version.
+    """Write config.json with every field of its class, defaults too, which may differ in another version.
 
     The rope is also written in the fields of transformers 4.
     """

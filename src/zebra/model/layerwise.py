@@ -80,7 +80,7 @@ class Layerwise:
         return [*inputs, last]
 
     def resume(self, ids: Tensor, kinds: str, start: int, state: Tensor) -> Tensor:
-        """The states after the norm, (B, T, hidden), run from layer `start` on, whose input is `state`, alike."""
+        """The hidden states after the norm, from layer `start` on with its input `state`; both (B, T, hidden)."""
         with self._replacing_layers_before(start, state):
             return self._run(ids, kinds, start)
 

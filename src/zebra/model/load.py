@@ -119,9 +119,9 @@ def load(
 ) -> PreTrainedModel:
     """Load a checkpoint as a transformers model with attention "zebra", and with stripes where given.
 
-    The class is a stock class of transformers: the model trains, saves, generates and evaluates like any other, and
-    `generate` uses the bounded cache. Do not call `set_attn_implementation` on it: transformers would then compute
-    local layers at full cost, and sinks, full decoding and Self-Extend would be lost.
+    Its class is a stock class of transformers, with the bounded cache as the default of `generate`: the model trains,
+    saves, generates and evaluates like any other. Do not call `set_attn_implementation` on it: transformers would then
+    compute local layers at full cost, and sinks, full decoding and Self-Extend would be lost.
 
     Args:
         path: a directory that transformers saved, a GGUF file, or the name of a model on the hub, OWNER/NAME.

@@ -33,7 +33,7 @@ class Head:
         z = scale * module(h),    logits = softcap * tanh(z / softcap) where there is a softcap
 
     The module is called as the model calls it, with what peft, a quantiser, hooks or torch's parametrizations have
-    changed in it. Only of an unchanged linear module is the weight used directly, in torch's fused kernel.
+    changed in it. Only an unchanged linear module is replaced by its weight, in torch's fused kernel.
 
     Attributes:
         module: from hidden states to V logits, such as W h or, in Phi, W h + b.

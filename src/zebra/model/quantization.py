@@ -1,7 +1,7 @@
 """Quantised checkpoints: their method, and whether transformers can load them here.
 
 config.json names the method, and transformers' quantiser for it loads the tensors: as they are, or dequantised where
-this machine has no kernel for them. A conversion reads no tensors, so it needs no quantiser.
+this machine has no kernel for them. A conversion needs neither.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def verify(
         dtype: of the weights; None is float32, or bfloat16 where they stay quantised.
 
     Returns:
-        A `Check` for each comparison; one that fails is no error.
+        A `Check` for each comparison; a check that fails raises no error.
 
     Raises:
         ZebraError: a checkpoint that cannot be loaded, a target without stripes, two different models, neither a source

@@ -101,8 +101,8 @@ class _Positions:
 class GroupedRotation:
     """A rope that layers share, and the positions of the current forward pass, computed only in its first layer.
 
-    The frequencies are read from the model's own buffer in every forward pass, as a conversion of the model
-    (`.to(torch.bfloat16)`) rounds them.
+    The frequencies are read from the model's own buffer in every forward pass, because a conversion of the
+    model (`.to(torch.bfloat16)`) rounds them.
 
     Args:
         rope: the model's rotary embedding.

@@ -118,7 +118,7 @@ class ProbeAttention:
         """Which frequencies rotate the queries and keys of a module; None where nothing rotates them.
 
         Raises:
-            ZebraError: something else than the model's own frequencies in half-split pairs.
+            ZebraError: something other than the model's own frequencies in half-split pairs.
         """
         vectors_at_0 = [states[:1].expand_as(states).float() for states in vectors]
         tolerance = _TOLERANCE[vectors[0].dtype]

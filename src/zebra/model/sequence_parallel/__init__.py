@@ -8,8 +8,8 @@ r"""Striped sequence parallelism: a sequence's tokens are split over processes, 
 Everything but attention works on single tokens, so the model runs on its shard unchanged. In every layer one
 all-to-all brings the keys and values that the shard's queries see and other processes hold (`exchange`). A window that
 is longer than a chunk reaches over several processes. Nothing later than a query is ever sent. With P processes and
-chunks of c tokens, a sequence and layer exchanges so many elements, in the forward and again in the backward pass
-(`zebra.plan.parallel`):
+chunks of c tokens, this many elements are exchanged for each sequence and layer, once in the forward and once in the
+backward pass (`zebra.plan.parallel`):
 
     2 K D sum over processes r of    (2 P - 2 - r) c global,    at most 2 (w - 1) local
 

@@ -137,7 +137,7 @@ class SequenceParallelAttention:
     def _behind_sinks(
         self, states: Tensor, whole: Mask, shards: Shards, fetched: list[tuple[Tensor, Tensor]], masks: list[Mask]
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Mask]]:
-        """The keys, values and masks that each of both chunks sees, with the sinks put before them."""
+        """The keys, values and masks for each of the two chunks, with the sinks put before the keys."""
         assert isinstance(self.own, LocalAttention)
         rank, sinks, shape = dist.get_rank(self.group), self.own.sinks, (len(states), shards.padded)
         width = fetched[0][0].shape[3]
@@ -148,7 +148,7 @@ class SequenceParallelAttention:
         for i, (of_chunk, mask) in enumerate(zip(fetched, masks, strict=True)):
             table = tables[rank][:, i]
             table = table if bool((table >= 0).any()) else table[:, :0]
-            # Even no sinks stay in the graph: in the backward pass all processes take part in the exchange.
+            # Even an empty part stays in the graph: in the backward pass all processes take part in the exchange.
             first = tokens[:, :, i * sinks : i * sinks + table.shape[1]].tensor_split([width], dim=3)
             key, value = (torch.cat(parts, dim=2) for parts in zip(first, of_chunk, strict=True))
             behind.append((key, value))

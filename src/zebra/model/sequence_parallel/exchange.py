@@ -65,7 +65,7 @@ class _Gather:
         return pieces
 
     def exchange(self, states: Tensor, into: Tensor, *, back: bool = False) -> None:
-        """Add the tokens of all shards (B, K, n, 2 D) to what this process sees (B, K, m, 2 D), or, `back`, reverse."""
+        """Add the tokens of all shards (B, K, n, 2 D) to what this process sees (B, K, m, 2 D); `back` the reverse."""
         processes = range(self.shards.processes)
         sent = [[place for place, _ in self.pieces(self.rank, reader)] for reader in processes]
         received = [[place for _, place in self.pieces(owner, self.rank)] for owner in processes]
