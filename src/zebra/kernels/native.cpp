@@ -21,7 +21,7 @@
 
 // A tensor (batch, heads, tokens, D): strides in elements; the D elements of a token are contiguous.
 struct View {
-  NUMBER* data;
+  ELEMENT* data;
   int64_t batch, head, row;
 };
 
@@ -38,7 +38,7 @@ struct Call {
 namespace {
 
 constexpr int D = SIZE;
-constexpr bool PAIRS = DOTS && std::is_same_v<NUMBER, BFloat16>;
+constexpr bool PAIRS = DOTS && std::is_same_v<ELEMENT, BFloat16>;
 constexpr bool SQUARE = PAIRS && MATRICES;
 constexpr int UNIT = PAIRS ? 2 : 1, UNITS = D / UNIT;  // elements of a unit, units of a head
 constexpr int STEP = SQUARE ? UNIT * SIDE : UNIT;      // bounds of what a tile sees are multiples of so many keys
@@ -67,7 +67,7 @@ __attribute__((noinline)) void micro(const float* A, const float* B, int T, floa
     for (int v = 0; v < NV; v++) b[v] = load<V>(B + v * WIDTH);
 #pragma GCC unroll 24
     for (int r = 0; r < MR; r++) {
-      const V a = all(A[r * SR]);
+      const V a = broadcast(A[r * SR]);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) c[r][v] = multiply_add(a, b[v], c[r][v]);
     }
@@ -124,13 +124,13 @@ template <int N> void product_of_sides(const float* sides, const float* weights,
 // -- layouts
 
 struct Rows {  // some rows of a view
-  NUMBER* data;
+  ELEMENT* data;
   ptrdiff_t step;
-  NUMBER* operator[](ptrdiff_t i) const { return data + i * step; }
+  ELEMENT* operator[](ptrdiff_t i) const { return data + i * step; }
   Rows from(ptrdiff_t i) const { return {data + i * step, step}; }
 };
 
-INLINE V unit(const NUMBER* row, int at) {  // WIDTH units of a row
+INLINE V unit(const ELEMENT* row, int at) {  // WIDTH units of a row
   if constexpr (PAIRS) return load<V>(row + 2 * at);
   else return widen(row + at);
 }
@@ -138,7 +138,7 @@ INLINE V unit(const NUMBER* row, int at) {  // WIDTH units of a row
 // `count` rows of units, one after another; rows past n are 0.
 void pack_rows(Rows from, int n, int count, float* to) {
   for (int i = 0; i < n; i++) {
-    if constexpr (PAIRS || std::is_same_v<NUMBER, float>) memcpy(to + (size_t)i * ROW, from[i], UNITS * 4);
+    if constexpr (PAIRS || std::is_same_v<ELEMENT, float>) memcpy(to + (size_t)i * ROW, from[i], UNITS * 4);
     else
       for (int d = 0; d < D; d += WIDTH) store(to + (size_t)i * D + d, widen(from[i] + d));
     if constexpr (ROW > UNITS) memset(to + (size_t)i * ROW + UNITS, 0, (ROW - UNITS) * 4);
@@ -225,8 +225,8 @@ struct Units {
  private:
   // Whether the rows of every head can be read as units in place.
   static bool stands(const View& view, int keys) {
-    const int64_t bytes = sizeof(NUMBER), odd = (int64_t)view.data | view.batch * bytes | view.head * bytes;
-    return sizeof(NUMBER) * UNIT == 4 && view.row == D && odd % 4 == 0 && ROW == UNITS && !(SQUARE && keys % STEP);
+    const int64_t bytes = sizeof(ELEMENT), odd = (int64_t)view.data | view.batch * bytes | view.head * bytes;
+    return sizeof(ELEMENT) * UNIT == 4 && view.row == D && odd % 4 == 0 && ROW == UNITS && !(SQUARE && keys % STEP);
   }
 };
 
@@ -294,14 +294,14 @@ template <class Worker> void walk(Worker& worker, const Tile& tile) {
 }
 
 // Turn scores <q, k> into softcap tanh(scale <q, k> / softcap), whose scale is 1.
-void cap(const Call& call, int keys, float* scores) {
+void apply_softcap(const Call& call, int keys, float* scores) {
   for (float* at = scores; at < scores + keys * LANES; at += WIDTH)
     store(at, call.softcap * tanh(load<V>(at) * (call.scale / call.softcap)));
 }
 
 // ALiBi (arXiv 2108.12409, section 3): subtract slope (i - j) from a tile's scores, for `queries` queries from the
 // position `i` on, and keys from `j` on. Scores of keys that are not seen may rise.
-void lower(float slope, int i, int queries, int j, int keys, float* scores) {
+void subtract_alibi(float slope, int i, int queries, int j, int keys, float* scores) {
   V index;
   for (int x = 0; x < WIDTH; x++) index[x] = x;
   for (int key = 0; key < keys; key++)
@@ -315,7 +315,7 @@ void lower(float slope, int i, int queries, int j, int keys, float* scores) {
 
 struct Forward {
   const Call& call;
-  const float scale;  // of the scores after `cap`
+  const float scale;  // of the scores after `apply_softcap`
   alignas(64) float qt[ROW * LANES], scores[BLOCK * LANES], pairs[BLOCK * LANES / 2], mixed[D * LANES];
   alignas(64) float peak[LANES], total[LANES];
   Tile tile;
@@ -357,23 +357,23 @@ struct Forward {
   template <int QUERIES> void block(int key, int keys, int first) {
     const int read = SQUARE ? keys : std::min(keys, call.keys - key);
     product_of_rows<QUERIES, ROW, LANES, false>(read, k.data + (size_t)key * ROW, qt + first, ROW, scores);
-    if (call.softcap) cap(call, keys, scores);
-    if (call.slopes) lower(alibi, position + first, QUERIES, key, keys, scores);
+    if (call.softcap) apply_softcap(call, keys, scores);
+    if (call.slopes) subtract_alibi(alibi, position + first, QUERIES, key, keys, scores);
     const Cut cut = tile.cut(key, key + keys, first, QUERIES);
     constexpr int NV = std::min(GROUP, QUERIES / WIDTH);
-    for (int x = 0; x < QUERIES; x += NV * WIDTH) soften<NV>(key, keys, cut, first, x);
+    for (int x = 0; x < QUERIES; x += NV * WIDTH) softmax<NV>(key, keys, cut, first, x);
     product_of_sides<QUERIES>(values + (size_t)key / UNIT * D, PAIRS ? pairs : scores, keys, mixed + first);
   }
 
   // Turn scores into weights 2^(scale s - peak), for NV vectors of queries from first + x on; rescale the sums so far.
-  template <int NV> INLINE void soften(int key, int keys, Cut cut, int first, int x) {
+  template <int NV> INLINE void softmax(int key, int keys, Cut cut, int first, int x) {
     const int begin[4] = {key, cut.whole, cut.end, key + keys};
-    const V scale2 = all(scale * LOG2E);
+    const V scale2 = broadcast(scale * LOG2E);
     V highest[NV], sum[NV] = {};
-    for (V& h : highest) h = all(-INFINITY);
-    raise<NV, true>(key, begin[0], begin[1], first, x, highest);
-    raise<NV, false>(key, begin[1], begin[2], first, x, highest);
-    raise<NV, true>(key, begin[2], begin[3], first, x, highest);
+    for (V& h : highest) h = broadcast(-INFINITY);
+    row_max<NV, true>(key, begin[0], begin[1], first, x, highest);
+    row_max<NV, false>(key, begin[1], begin[2], first, x, highest);
+    row_max<NV, true>(key, begin[2], begin[3], first, x, highest);
     for (int y = 0; y < NV; y++) highest[y] = max(load<V>(peak + first + x + y * WIDTH), highest[y] * scale2);
     weigh<NV, true>(key, begin[0], begin[1], first, x, scale2, highest, sum);
     weigh<NV, false>(key, begin[1], begin[2], first, x, scale2, highest, sum);
@@ -382,14 +382,14 @@ struct Forward {
   }
 
   // highest = max over the keys [begin, end) of the block that starts at `key`.
-  template <int NV, bool EDGE> INLINE void raise(int key, int begin, int end, int first, int x, V* highest) {
+  template <int NV, bool EDGE> INLINE void row_max(int key, int begin, int end, int first, int x, V* highest) {
     V m[NV];
     for (int y = 0; y < NV; y++) m[y] = highest[y];
     for (int j = begin; j < end; j++)
       for (int y = 0; y < NV; y++) {
         const int at = x + y * WIDTH;
-        const V raised = max(m[y], load<V>(scores + (j - key) * LANES + at));
-        m[y] = EDGE ? tile.seen(j, first + at, raised, m[y]) : raised;
+        const V higher = max(m[y], load<V>(scores + (j - key) * LANES + at));
+        m[y] = EDGE ? tile.seen(j, first + at, higher, m[y]) : higher;
       }
     for (int y = 0; y < NV; y++) highest[y] = m[y];
   }
@@ -415,10 +415,10 @@ struct Forward {
   }
 
   INLINE void rescale(int query, V highest, V sum) {
-    const V before = load<V>(peak + query), kept = exp2(before - highest);
-    store(total + query, load<V>(total + query) * kept + sum);
+    const V before = load<V>(peak + query), decay = exp2(before - highest);
+    store(total + query, load<V>(total + query) * decay + sum);
     if (any(before != highest))
-      for (float* at = mixed + query; at < mixed + D * LANES; at += LANES) store(at, load<V>(at) * kept);
+      for (float* at = mixed + query; at < mixed + D * LANES; at += LANES) store(at, load<V>(at) * decay);
     store(peak + query, highest);
   }
 
@@ -467,15 +467,15 @@ struct Decode {
  private:
   // Where the last vector begins before the end of the one before it, its first lanes are 0.
   static int begin(int vector) { return std::min(vector * WIDTH, UNITS - WIDTH); }
-  static void load_query(const NUMBER* from, float* to) {
+  static void load_query(const ELEMENT* from, float* to) {
     for (int x = 0; x < VECTORS; x++) {
       store(to + x * WIDTH, unit(from, begin(x)));
       std::fill(to + x * WIDTH, to + x * WIDTH + (x * WIDTH - begin(x)), 0.0f);
     }
   }
 
-  static void fetch(const NUMBER* row) {  // into the L1 cache
-    for (int d = 0; d < D; d += 64 / sizeof(NUMBER)) __builtin_prefetch(row + d);
+  static void fetch(const ELEMENT* row) {  // into the L1 cache
+    for (int d = 0; d < D; d += 64 / sizeof(ELEMENT)) __builtin_prefetch(row + d);
   }
 
   void block(Rows k, Rows v, int key, int keys, int i, int n, float* state) {
@@ -495,36 +495,37 @@ struct Decode {
     const int used = (keys + WIDTH - 1) / WIDTH * WIDTH;
     for (int r = 0; r < n; r++) {
       const int token = (i + r) / (call.heads / call.kv_heads);
-      soften(scores[r], key, used, call.lo[token], call.hi[token], state + r * STATE);
+      softmax(scores[r], key, used, call.lo[token], call.hi[token], state + r * STATE);
     }
-    const bool stand = std::is_same_v<NUMBER, float> && v.step == D;
+    const bool stand = std::is_same_v<ELEMENT, float> && v.step == D;
     if constexpr (PAIRS) pack_pairs(v, keys, keys, values);
     else if (!stand) pack_rows(v, keys, keys, values);
-    product<D, KEYS, 1, D, true, STATE>(n, scores[0], stand ? (const float*)v.data : values, (keys + UNIT - 1) / UNIT, state);
+    const float* rows = stand ? (const float*)v.data : values;
+    product<D, KEYS, 1, D, true, STATE>(n, scores[0], rows, (keys + UNIT - 1) / UNIT, state);
   }
 
   // Turn a query's scores into weights, for bfloat16 in pairs; rescale what was summed so far to the new peak.
-  void soften(float* scores, int key, int keys, int lo, int hi, float* state) {
+  void softmax(float* scores, int key, int keys, int lo, int hi, float* state) {
     I index;
     for (int i = 0; i < WIDTH; i++) index[i] = i;
-    V highest = all(LOWEST), sum{};
+    V highest = broadcast(LOWEST), sum{};
     for (int j = 0; j < keys; j += WIDTH) {
       V s = load<V>(scores + j) * call.scale;
       if (call.softcap) s = call.softcap * tanh(s / call.softcap);
-      s = (U)(index + (key + j - lo)) < all((uint32_t)std::max(0, hi - lo)) ? s * LOG2E : all(-INFINITY);
+      s = (U)(index + (key + j - lo)) < broadcast((uint32_t)std::max(0, hi - lo)) ? s * LOG2E : broadcast(-INFINITY);
       store(scores + j, s), highest = max(highest, s);
     }
     float peak = state[D];
     for (int i = 0; i < WIDTH; i++) peak = std::max(peak, highest[i]);
-    const float kept = exp2f(state[D] - peak);
+    const float decay = exp2f(state[D] - peak);
     for (int j = 0; j < keys; j += WIDTH) {
       const V p = exp2(load<V>(scores + j) - peak);
       sum += p, store(scores + j, p);
     }
-    float total = state[D + 1] * kept;
+    float total = state[D + 1] * decay;
     for (int i = 0; i < WIDTH; i++) total += sum[i];
-    if (kept != 1)
-      for (int d = 0; d < D; d++) state[d] *= kept;
+    if (decay != 1)
+      for (int d = 0; d < D; d++) state[d] *= decay;
     state[D] = peak, state[D + 1] = total;
     if constexpr (PAIRS)
       for (int j = 0; j < keys; j += 2 * WIDTH)
@@ -538,11 +539,11 @@ void merge(const Call& call, const float* states, int head, int query) {
   const float* state = states + ((size_t)head * parts * call.queries + query) * Decode::STATE;
   float mixed[D] = {}, peak = LOWEST, total = 0;
   for (int part = 0; part < parts; part++, state += (size_t)call.queries * Decode::STATE) {
-    const float highest = std::max(peak, state[D]), kept = exp2f(peak - highest), added = exp2f(state[D] - highest);
-    for (int d = 0; d < D; d++) mixed[d] = mixed[d] * kept + state[d] * added;
-    total = total * kept + state[D + 1] * added, peak = highest;
+    const float highest = std::max(peak, state[D]), decay = exp2f(peak - highest), added = exp2f(state[D] - highest);
+    for (int d = 0; d < D; d++) mixed[d] = mixed[d] * decay + state[d] * added;
+    total = total * decay + state[D + 1] * added, peak = highest;
   }
-  NUMBER* out = rows_of(call.out, row, head % call.kv_heads)[query];
+  ELEMENT* out = rows_of(call.out, row, head % call.kv_heads)[query];
   for (int d = 0; d < D; d += WIDTH) narrow(out + d, load<V>(mixed + d) * (total > 0 ? 1 / total : 0));
   call.lse[(size_t)head * call.queries + query] = LN2 * (peak + log2f(total));
 }
@@ -558,7 +559,7 @@ struct Sum {
   float* data = nullptr;
 
   Sum(const View& view, int widest, int all)
-      : in_place(std::is_same_v<NUMBER, float> && view.row == D),
+      : in_place(std::is_same_v<ELEMENT, float> && view.row == D),
         room(in_place ? all : std::min(all, widest + SLACK)),
         keys(all),
         held(in_place ? 0 : (size_t)(room + STEP) * D) {}  // sums may be added past the last key
@@ -670,8 +671,8 @@ struct Backward {
     const int read = SQUARE ? keys : std::min(keys, call.keys - key);
     product_of_rows<QUERIES, ROW, LANES, false>(read, k.data + (size_t)key * ROW, qt + first, ROW, weights);
     product_of_rows<QUERIES, ROW, LANES, false>(read, v.data + (size_t)key * ROW, gt + first, ROW, slopes);
-    if (call.softcap) cap(call, keys, weights);
-    if (call.slopes) lower(alibi, position + first, QUERIES, key, keys, weights);
+    if (call.softcap) apply_softcap(call, keys, weights);
+    if (call.slopes) subtract_alibi(alibi, position + first, QUERIES, key, keys, weights);
     const Cut cut = tile.cut(key, key + keys, first, QUERIES);
     differentiate<QUERIES, true>(key, key, cut.whole, first);
     differentiate<QUERIES, false>(key, cut.whole, cut.end, first);
@@ -697,7 +698,7 @@ struct Backward {
             const V score = load<V>(weights + at);
             p[u][y] = exp2(score * scale2 - load<V>(lse + own));
             ds[u][y] = p[u][y] * (load<V>(slopes + at) * scale - load<V>(delta + own));
-            if (capped) ds[u][y] *= 1 - score * score * capped;  // the slope of `cap`
+            if (capped) ds[u][y] *= 1 - score * score * capped;  // the slope of `apply_softcap`
             if (EDGE) p[u][y] = tile.seen(j + u, own, p[u][y], V{}), ds[u][y] = tile.seen(j + u, own, ds[u][y], V{});
             if constexpr (!PAIRS) store(weights + at, p[u][y]), store(slopes + at, ds[u][y]);
           }

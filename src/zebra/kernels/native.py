@@ -26,7 +26,7 @@ from zebra.kernels.request import Kernel, Request, unit_stride
 
 SOURCE = Path(__file__).with_name("native.cpp")
 _SIZES = (32, 64, 80, 96, 128, 256)
-_NUMBERS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
+_ELEMENTS = {torch.float32: "float", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 """The element types of simd.h."""
 _X86 = frozenset({"avx2", "fma", "f16c"})
 """What an x86 CPU must support; every 64-bit ARM CPU has NEON."""
@@ -66,7 +66,7 @@ def arguments(tensors: dict[str, Tensor], scale: float, softcap: float | None, g
 
 def options(dtype: torch.dtype, size: int) -> tuple[str, ...]:
     """The compiler options that set the element type and the head size of native.cpp."""
-    return f"-DNUMBER={_NUMBERS[dtype]}", f"-DSIZE={size}"
+    return f"-DELEMENT={_ELEMENTS[dtype]}", f"-DSIZE={size}"
 
 
 def instructions() -> str:
@@ -167,7 +167,7 @@ def attend_ranges(
     Returns:
         out: (B, H, T, D) and lse: (B, H, T), 0 and -inf for a query that sees no key; None if this kernel cannot run.
     """
-    fits = q.device.type == "cpu" and q.dtype in _NUMBERS and q.shape[3] in _SIZES and scale > 0
+    fits = q.device.type == "cpu" and q.dtype in _ELEMENTS and q.shape[3] in _SIZES and scale > 0
     fits = fits and q.dtype == k.dtype == v.dtype and k.shape == v.shape
     if not fits or q.shape[2] < KERNEL.min_queries or isinstance(_library(q.dtype, q.shape[3]), str):
         return None
@@ -230,7 +230,7 @@ KERNEL = Kernel(
     summary="tiles in C++, compiled on the machine: windows, documents, padding, chunks, ALiBi",
     run=native,
     devices=frozenset({"cpu"}),
-    dtypes=frozenset(_NUMBERS),
+    dtypes=frozenset(_ELEMENTS),
     softcap=True,
     slopes=True,
     min_queries=256,

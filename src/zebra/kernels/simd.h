@@ -45,8 +45,8 @@ template <class T> struct __attribute__((packed, may_alias)) Anywhere {  // memo
 template <class T> INLINE T load(const void* at) { return ((const Anywhere<T>*)at)->x; }
 template <class T> INLINE void store(void* at, T x) { ((Anywhere<T>*)at)->x = x; }
 
-INLINE V all(float x) { return x - V{}; }
-INLINE U all(uint32_t x) { return x - U{}; }
+INLINE V broadcast(float x) { return x - V{}; }
+INLINE U broadcast(uint32_t x) { return x - U{}; }
 INLINE V max(V a, V b) { return a > b ? a : b; }
 INLINE bool any(I mask) {
 #ifdef WITH_AVX512
@@ -66,7 +66,7 @@ INLINE V exp2(V x) {
 #else
   const V shifted = x - 0.5f + 0x1.8p23f, f = x - (shifted - 0x1.8p23f);  // the last bits of `shifted`: floor(x)
 #endif
-  V p = all(1.8775767e-3f);
+  V p = broadcast(1.8775767e-3f);
   for (float c : {8.9893397e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f}) p = p * f + c;
 #ifdef WITH_AVX512
   return _mm512_scalef_ps(p, x);
@@ -78,7 +78,7 @@ INLINE V exp2(V x) {
 // tanh(x) with an error of about 1e-7.
 INLINE V tanh(V x) {
   const V power = x * 2.88539008f;  // e^2x = 2^power
-  return 1.0f - 2.0f / (1.0f + exp2(power > 126.0f ? all(126.0f) : power));
+  return 1.0f - 2.0f / (1.0f + exp2(power > 126.0f ? broadcast(126.0f) : power));
 }
 
 // a[FIRST], b[FIRST], a[FIRST + 1], ...: half of a and half of b.
