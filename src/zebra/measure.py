@@ -1,12 +1,12 @@
-"""What this machine reaches: its ceilings, and one local layer beside torch's sdpa (`zebra doctor --measure`).
+"""Measure this machine: its ceilings, and one local layer against torch's sdpa (`zebra doctor --measure`).
 
     flops       2 size^3 / seconds of a square matrix product, by dtype
     attention   14 D H visible pairs / seconds of a layer's forward and backward pass, global and local
     bandwidth   2 bytes / seconds of a large copy, which reads and writes
-    reading     bytes / seconds of weights in products of one row, and of cached keys and values in a token's attention
+    reading     bytes / seconds of weights in matrix-vector products, and of the KV cache in one token's attention
 
-A ceiling is what the device can do, so it takes the least time of a few repeats. The two layers take turns, and their
-times are medians.
+A ceiling is the best that the device can do, so it takes the shortest time of a few repeats. The local layer and sdpa
+take turns, and their times are medians.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from zebra.stripes import GLOBAL, LOCAL, visible_pairs
 Name = TypeVar("Name", bound=Hashable)
 
 HEADS, HEAD_DIM = 8, 64
-"""Of the attention layers that are measured."""
+"""The sizes of the attention layers that are measured."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
-"""The relative error, in the Frobenius norm, that a kernel may have against another way to compute the same."""
+"""The largest relative error, in the Frobenius norm, of a kernel against another implementation, by dtype."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SUPPORTED = 0.25
-"""The device does not support a dtype whose rate is less than this share of float32's."""
+"""A dtype counts as not supported by the device if its rate is below this share of float32's."""
 
 
 def measure(device: str | None = None, *, size: int | None = None, repeats: int = 5) -> tuple[Device, list[Result]]:
-    """The ceilings of a device and the times of one local layer, with a progress bar. Some ten seconds.
+    """Measure the ceilings of a device and the times of one local layer, with a progress bar, in about ten seconds.
 
     Args:
-        device: a GPU where there is one if None.
-        size: rows of the largest matrices, and tokens of the layers; 2,048 on a CPU, 8,192 on a GPU if None.
+        device: if None, a GPU where there is one.
+        size: rows of the largest matrices, and tokens of the layers; if None 2,048 on a CPU and 8,192 on a GPU.
 
     Raises:
         ZebraError: no such device, or a local layer that differs from sdpa.
@@ -75,10 +75,11 @@ def measure(device: str | None = None, *, size: int | None = None, repeats: int 
 def measure_ceilings(
     device: str, *, size: int | None = None, repeats: int = 5, dtypes: Collection[str] = (), attention: bool = True
 ) -> Device:
-    """The ceilings of a device: FLOP/s of products and of attention by dtype, bytes/s, memory. Some ten seconds.
+    """Measure the ceilings of a device: FLOP/s of matrix products and of attention by dtype, bytes/s, memory.
 
     Args:
-        dtypes: those to measure, all where empty. attention: measure its rates, and those of a token's reading, too.
+        dtypes: those to measure; all if empty.
+        attention: also measure the rates of attention, and those at which decoding reads weights and the KV cache.
     """
     size = size or _size(device)
     flops = dict(_products(device, size, repeats, dtypes or _DTYPES))
@@ -95,7 +96,7 @@ def measure_ceilings(
 
 
 def local_layer(device: str, dtype: str, *, size: int, repeats: int) -> list[Result]:
-    """Milliseconds of a local layer's forward and backward pass: ours, and torch's sdpa under a band mask.
+    """Milliseconds of a local layer's forward and backward pass, with zebra's kernel and with sdpa and a band mask.
 
     Raises:
         ZebraError: outputs or gradients of the two differ by more than rounding.
@@ -124,11 +125,11 @@ def local_layer(device: str, dtype: str, *, size: int, repeats: int) -> list[Res
 def paired_seconds(
     calls: Mapping[Name, Callable[[], object]], repeats: int, done: Callable[[], object] = lambda: None
 ) -> dict[Name, list[float]]:
-    """Seconds of calls that take turns, so that a change of the machine's speed affects all alike.
+    """Time calls that take turns, so that a change of the machine's speed affects all alike; in seconds.
 
-    turn 0: a b c   warms up
+    turn 0: a b c   warm-up
     turn 1: a b c   each call once; torch's clock waits for the accelerator
-    turn 2: a b c   ... `repeats` turns
+    turn 2: a b c   ... `repeats` turns; `done` is called after each turn
     """
     seconds: dict[Name, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
@@ -139,7 +140,7 @@ def paired_seconds(
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """The largest error of pairs of tensors of one shape, each relative to the norm of the expected; NaN if one is."""
+    """The largest relative error over pairs of tensors, ‖result − expected‖ / ‖expected‖; NaN if one is NaN."""
     pairs = zip(results, expected, strict=True)
     errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
     return max(errors, key=lambda error: (math.isnan(error), error))  # `max` alone passes over NaN
@@ -171,14 +172,14 @@ def _size(device: str) -> int:
 
 
 def _products(device: str, size: int, repeats: int, dtypes: Collection[str]) -> Iterator[tuple[str, float]]:
-    """FLOP/s by dtype. Smaller products show first whether the device supports the dtype at all."""
+    """FLOP/s by dtype. Smaller products come first, and show whether the device supports the dtype at all."""
     single: dict[int, float] = {}
     for name, dtype in _DTYPES.items():
         if name not in dtypes:
             continue
         for n in (max(1, size // 16), max(1, size // 4), size):
             a, b = torch.randn(2, n, n, device=device).to(dtype)
-            # A small product takes microseconds, which any interruption doubles: it is repeated more often.
+            # A small product takes microseconds, and any interruption doubles that: repeat it more often.
             rate = 2 * n**3 / _least(partial(torch.mm, a, b), repeats * (size // n))
             if rate < _SUPPORTED * single.setdefault(n, rate):
                 break
@@ -188,7 +189,7 @@ def _products(device: str, size: int, repeats: int, dtypes: Collection[str]) -> 
 
 @torch.no_grad()
 def _reading(device: str, size: int, repeats: int, dtypes: Collection[str]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Bytes/s by dtype: of many weights, more than any cache holds, and of one layer's keys and values."""
+    """Bytes/s by dtype of reading weights, more than any hardware cache holds, and one layer's keys and values."""
     weights, cache = {}, {}
     for name in dtypes:
         dtype = _DTYPES[name]
@@ -230,5 +231,5 @@ def _ours(window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _least(call: Callable[[], object], repeats: int) -> float:
-    """The least seconds of a call, after one that warms up."""
+    """The shortest time of a call in seconds, after a warm-up."""
     return min(paired_seconds({"call": call}, repeats)["call"])

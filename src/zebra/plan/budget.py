@@ -1,11 +1,11 @@
-"""How many layers may stay global: a number, a share, or as many as a cost allows.
+"""How many layers may stay global: a number, a share, or as many as a limit on the cost allows.
 
     8                      8 layers
-    0.25                   at most a quarter of them
-    flops:0.5              as many as keep a prefill within half of the model's own FLOPs
-    cache:4GiB@131072      as many as keep keys and values within 4 GiB, at 131,072 tokens
+    0.25                   at most a quarter of the model's global layers
+    flops:0.5              as many as keep a prefill within half of the unchanged model's FLOPs
+    cache:4GiB@131072      as many as keep the KV cache within 4 GiB at 131,072 tokens
 
-Every global layer costs the same, so a cost is a number of layers.
+All global layers of a model cost the same, so a limit on the cost is a limit on their number.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ _NOTATION = "Write 8 for 8 layers, 0.25 for a share of them, flops:0.5 or cache:
 
 
 def layers_within(budget: str, candidates: Sequence[int], local: Stripes, run: Callable[[int | None], Run]) -> int:
-    """How many of the model's global layers, the candidates, may stay global within a budget, see the module.
+    """Count the layers that may stay global within a budget, whose notation this module explains.
 
     Args:
+        candidates: the indices of the model's global layers.
         local: the layout that gives the window and sinks of the layers that become local.
-        run: a prefill of the unchanged model at a length, or at its own where that is None; only for a budget of cost.
+        run: returns a prefill of the unchanged model at a length; None stands for the length the caller chooses. Only
+            called for a limit on the cost.
 
     Raises:
-        ZebraError: another notation, a share that is not between 0 and 1, a budget that leaves none or all of them.
+        ZebraError: another notation, a share that is not between 0 and 1, a budget that keeps none or all of them.
     """
     unit, size, length = parse_budget(budget)
     most = len(candidates)
@@ -61,7 +63,7 @@ def layers_within(budget: str, candidates: Sequence[int], local: Stripes, run: C
 
 
 def parse_budget(budget: str) -> tuple[str | None, float, int | None]:
-    """The unit of a budget ("flops", "cache", or None for layers), its size, and the length that it holds for.
+    """Read a budget: its unit ("flops", "cache", or None for layers), its size, and the length it applies to, if any.
 
     Raises:
         ZebraError: another notation, a share that is not between 0 and 1.

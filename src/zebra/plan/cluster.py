@@ -1,12 +1,12 @@
-"""Training steps on many devices: every way to share them, what each predicts, and the best.
+"""Training on many devices: predict time and memory of a step for every way to split it, the best way first.
 
-    devices = data x shard x sequence          powers of two; a step has at most 2^24 tokens, or one sequence
+    devices = data x shard x sequence          powers of two; a step has at most 2^24 tokens, unless data = shard = 1
 
-    step = max(computing, weights and gradients on the wire) + keys and values on the wire
+    step = max(compute, transfer of weights and gradients) + transfer of keys and values
 
-`zebra.plan.parallel` has the memory and the bytes of a device, `zebra.plan.devices` its ceilings and links. FSDP2
-fetches weights while it computes; the keys and values of a layer are waited for. Those of a ring travel while it
-computes too, and are waited for as well here. What is assumed besides is in `ASSUMPTIONS`, with its source.
+`zebra.plan.parallel` has the memory of a device and the bytes it receives, `zebra.plan.devices` its peak rates and
+links. FSDP2 overlaps the transfer of weights with compute. The transfer of keys and values counts as not overlapped,
+although a ring overlaps it in part. The other assumptions are in `ASSUMPTIONS`, with their sources.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a device of a cluster needs and how long a step takes.
+    """The memory and the traffic of a device, and the time of a training step, for one way to split it.
 
     Attributes:
-        memory, received: bytes by part, of the device that has the most.
-        computing, weights, keys: seconds of a step; those of weights count gradients too.
-        tokens: of a step, in all sequences.
-        peak_share: of what the devices' peaks compute in the step's time, the FLOPs that it has.
+        memory, received: bytes by part, on the device that has the most.
+        computing: seconds of compute in a step.
+        weights, keys: seconds that the transfers take: of weights and gradients, and of keys and values.
+        tokens: tokens of a step, in all sequences.
+        peak_share: FLOPs of the step, recomputation included, over those that the devices' peaks allow in its time.
+        fits: whether the memory is at most 90 % (`ALLOCATOR`) of the device's.
     """
 
     parallel: Parallel
@@ -62,17 +64,17 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Seconds of a step."""
         return max(self.computing, self.weights) + self.keys
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all devices."""
+        """Tokens per second of all devices together."""
         return self.tokens / self.seconds
 
     @property
     def limit(self) -> str:
-        """What takes the most of a step, or that it does not fit."""
+        """What takes most of the step's time; where it does not fit, what takes most of the memory."""
         if not self.fits:
             return f"memory: {max(self.memory, key=lambda part: self.memory[part])}"
         parts = {"computing": self.computing, "weights and gradients": self.weights, "keys and values": self.keys}
@@ -80,10 +82,10 @@ class Prediction:
 
 
 def parse_cluster(text: str) -> list[int]:
-    """Numbers of devices: `8..1024` is 8, 16, 32 and so on to 1,024, and `64` that number.
+    """Read numbers of devices: `8..1024` is 8, 16, 32 and so on up to 1,024, and `64` is 64 alone.
 
     Raises:
-        ZebraError: another notation; numbers that are no powers of two, from 1 to 2^20.
+        ZebraError: another notation, or numbers that are not powers of two from 1 to 2^20.
     """
     bounds = re.fullmatch(r"(\d{1,9})(?:\.\.(\d{1,9}))?", text)
     low, high = (int(bounds[1]), int(bounds[2] or bounds[1])) if bounds else (0, 0)
@@ -93,10 +95,12 @@ def parse_cluster(text: str) -> list[int]:
 
 
 def predictions(run: Run, device: Device, devices: int) -> list[Prediction]:
-    """Every way in which so many devices can share a training, the quickest that fits first.
+    """Predict every way to split a training step over `devices` devices.
+
+    The ways that fit come first, the fastest first; the others follow, the one that needs the least memory first.
 
     Raises:
-        ZebraError: another phase than training; a device whose memory or links are not known; what `check_parallel`
+        ZebraError: a phase other than training; a device whose memory or links are not known; what `check_parallel`
             raises.
     """
     if run.phase != "train":
@@ -110,7 +114,7 @@ def predictions(run: Run, device: Device, devices: int) -> list[Prediction]:
     ways = [_predict(run, device, device.link, device.memory, parallel) for parallel in _ways(run, devices)]
 
     def order(one: Prediction) -> tuple[bool, float, int]:
-        """Of equally quick ways the one that receives the least."""
+        """Sort key; of equally good ways the one that receives the fewest bytes is first."""
         slowness = -round(one.tokens_per_second, 3) if one.fits else sum(one.memory.values())
         return not one.fits, slowness, sum(one.received.values())
 
@@ -133,7 +137,7 @@ def _predict(run: Run, device: Device, link: Link, memory: int, parallel: Parall
     reached = 1.0 if device.source == MEASURED else EFFICIENCY
     needed, received = device_memory(run, parallel), received_bytes(run, parallel)
     shards, sequences = parallel.weight_shards, parallel.data * parallel.shard
-    # Copies of one part are one to a node; whole weights are reduced over all devices of a node together.
+    # Assumes one copy of a shard on each node: a device has only its own link. Whole weights use all links of a node.
     among = link.gathering(parallel.devices) if shards == 1 else link.exchange(parallel.devices)
     weights = (received.get("weights", 0) + received.get("gradients", 0)) / link.gathering(shards)
     weights += received.get("gradients, copies", 0) / among
@@ -154,7 +158,7 @@ def _predict(run: Run, device: Device, link: Link, memory: int, parallel: Parall
 
 
 def compare(run: Run, device: Device, counts: Sequence[int]) -> dict[str, Any]:
-    """The plan of a cluster as a JSON tree: for each layout and number of devices every way, the best first."""
+    """The plan as a JSON tree: for each number of devices and each layout every way to split it, the best first."""
     clusters: list[dict[str, Any]] = [
         {"layout": name, "devices": devices, "ways": [_tree(one) for one in predictions(layout, device, devices)]}
         for devices in counts
@@ -178,7 +182,7 @@ def _tree(one: Prediction) -> dict[str, Any]:
 
 
 def headline(plan: dict[str, Any]) -> str:
-    """What the tables are about, in three lines."""
+    """Describe the model, the step and the device of the tables, in three lines."""
     model, settings, device = plan["model"], plan["settings"], plan["device"]
     what = f"training steps of sequences of {settings['length']:,} tokens, {settings['batch']:,} to a group, "
     what += settings["dtype"] + ", LoRA" * bool(settings["lora"])
@@ -193,9 +197,9 @@ def headline(plan: dict[str, Any]) -> str:
 
 
 def tables(plan: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, list[tuple[str, ...]]]]:
-    """A head, and a body for each layout: the best way of each number of devices; of one number alone, all ways.
+    """The head, and each layout's rows: the best way for each number of devices, or all ways for a single number.
 
-    A way that does not fit has no time, and its limit is what fills most of its memory. A line has 80 characters.
+    A way that does not fit has no time, and its limit is what takes most of the memory. A line has 80 characters.
     """
     several = len({cluster["devices"] for cluster in plan["clusters"]}) > 1
     head = ("devices", "sharing", "GiB", "wire", "step", "K/s", "peak", "limit")
@@ -215,5 +219,5 @@ def tables(plan: dict[str, Any]) -> tuple[tuple[str, ...], dict[str, list[tuple[
 
 
 def _short(value: float) -> str:
-    """Three digits, or all of a whole number."""
+    """Format a number with three significant digits; from 100 on as a whole number."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""A plan: the costs of full attention, stripes and Self-Extend side by side, as a JSON tree and as terminal tables."""
+"""Compare the costs of full attention, stripes and Self-Extend, as a JSON tree and as terminal tables."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from zebra.plan.parallel import Parallel, check_parallel, device_memory, receive
 from zebra.stripes import GLOBAL, visible_pairs
 
 LENGTHS = tuple(2**i for i in range(10, 21))
-"""1K to 1M, the lengths of the picture."""
+"""1K to 1M tokens, the lengths of the figure."""
 COUNT = {"E": 1e18, "P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}
 BYTES = {"TiB": 2.0**40, "GiB": 2.0**30, "MiB": 2.0**20, "KiB": 2.0**10, "B": 1.0}
 TIME = {"s": 1.0, "ms": 1e-3, "µs": 1e-6, "ns": 1e-9}
-"""Units in which the tables print, from the largest."""
+"""The units of the tables, from the largest."""
 
 
 def variants(run: Run) -> dict[str, Run]:
-    """The run with full attention and with its stripes, and with Self-Extend added to each where it has a setting."""
+    """The run with full attention and with its stripes, and each of them with Self-Extend where the run has it."""
     plain = replace(run, self_extend=None)
     by_name = {"full": replace(plain, stripes=None)}
     striped = str(run.stripes) + ", full decode" * run.full_decode
@@ -49,12 +49,12 @@ def compare(
     """The plan as a JSON tree, in bytes, FLOPs and seconds.
 
     Args:
-        budget: bytes; adds the largest length and batch that fit.
-        seconds: with it, or with `budget`, the tree suggests a layout that meets both.
-        parallel: how devices share the run; the memory is that of one of them, and the tree has what it receives.
+        budget: memory in bytes; the tree also has the largest length and batch that fit.
+        seconds: time of the run. With it or with `budget` the tree suggests a layout that meets both.
+        parallel: how devices share the run; the tree then has the memory of one of them and the bytes it receives.
 
     Raises:
-        ZebraError: a budget of one device beside several; what `check_parallel` raises.
+        ZebraError: `budget` or `seconds` together with `parallel`; what `check_parallel` raises.
     """
     if parallel is not None:
         check_parallel(run, parallel)
@@ -111,9 +111,9 @@ def _with_total(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def complexity(run: Run) -> list[dict[str, Any]]:
-    """The paper's table of time and memory of the attention kinds, with the numbers of this run's length.
+    """The Zebra paper's table of time and memory by kind of attention, with the numbers at this run's length.
 
-    Per layer, in pairs and in tokens cached after N (its formulas recalled; the numbers are counted):
+    Per layer, in visible pairs and in tokens cached after N (the formulas are recalled; the numbers are counted):
 
         global   time O(N^2)                      memory O(N)
         local    time O(N w)                      memory O(w)
@@ -130,7 +130,7 @@ def complexity(run: Run) -> list[dict[str, Any]]:
         if others := run.stripes.orders:
             kinds[-1:] = [(kind, *order, float(run.stripes.pairs(kind, n)), float(n)) for kind, order in others.items()]
     if run.self_extend:
-        near_keys = min(n, run.self_extend.window - 1)  # cached without values: half a token each
+        near_keys = min(n, run.self_extend.window - 1)  # cached without values, so each counts as half a token
         kinds.append(("Self-Extend", "N²", "N + W/2", float(visible_pairs(n)), n + near_keys / 2))
     return [
         {"kind": kind, "time": f"O({time})", "memory": f"O({space})", "pairs": count, "cached_tokens": cached}
@@ -140,7 +140,7 @@ def complexity(run: Run) -> list[dict[str, Any]]:
 
 
 def curves(run: Run, device: Device) -> dict[str, dict[str, list[float]]]:
-    """Attention FLOPs, KV bytes and seconds over LENGTHS for each variant; Self-Extend ends where its reach ends."""
+    """Attention FLOPs, KV bytes and seconds over LENGTHS for each variant; Self-Extend only as far as it reaches."""
     by_name: dict[str, dict[str, list[float]]] = {}
     for name, one in variants(run).items():
         reach = fit.largest_length(one, 2**80)
@@ -158,7 +158,7 @@ def curves(run: Run, device: Device) -> dict[str, dict[str, list[float]]]:
 
 
 def headline(plan: dict[str, Any]) -> str:
-    """What the tables are about, in two lines."""
+    """Describe the model, the run and the device of the tables, in two lines."""
     model, settings, device = plan["model"], plan["settings"], plan["device"]
     phase = {"train": "a training step over", "prefill": "reading", "decode": "one token after"}[settings["phase"]]
     note = "" if model["exact"] else ", estimated as a Llama: its family is not in the table"
@@ -212,7 +212,7 @@ def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, 
 
 
 def _line(title: str, values: Sequence[float], units: Mapping[str, float]) -> tuple[str, ...]:
-    """A line of a table; each number is followed by its share of the first column's, where it differs."""
+    """A row of a table; each number is followed by its ratio to the first column's, where the two differ."""
     first = values[0]
     return (title, *(_with_share(with_unit(value, units), value / first if first else 1.0) for value in values))
 
@@ -222,7 +222,7 @@ def _with_share(cell: str, share: float) -> str:
 
 
 def with_unit(value: float, units: Mapping[str, float]) -> str:
-    """A number in the largest unit that it reaches: 1.41 T, 13.50 GiB, 3.20 ms; whole in the last one."""
+    """Format a number in the largest unit that it reaches: 1.41 T, 13.50 GiB, 3.20 ms; in the smallest as an int."""
     for name, unit in units.items():
         if value >= unit > min(units.values()):
             return f"{value / unit:,.2f} {name}"

@@ -4,12 +4,12 @@
     linear      2 FLOPs for each weight and token
     attention   4 D FLOPs for each head and pair: 2 D for the score, 2 D for the value
 
-A training step costs three forward passes in linear maps, two under LoRA where the weight is frozen, and 7/2 in
-attention, whose backward computes the scores again. Activation checkpointing adds a forward pass of the layers.
+A training step costs three forward passes in linear maps (two where LoRA freezes the weight) and 7/2 in attention,
+whose backward pass computes the scores again. Activation checkpointing adds a forward pass of the layers.
 
-Bytes are the least that must move: weights once a pass, inputs and outputs of each map and of attention (never the
-scores), and in decode the cache. Elementwise operations count as transformers runs them: two norms of 7 h, two sums of
-3 h, rotation 10 (HD + KD), the activation 5 i, and two passes over the logits.
+Bytes are the least that must move: weights once per pass, the inputs and outputs of each linear map and of attention
+(never the scores), and in decode the KV cache. Elementwise operations count as transformers runs them: two norms of
+7 h, two sums of 3 h, rotation 10 (HD + KD), the activation 5 i (3 i without a gate), and two passes over the logits.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ PHASES = ("train", "prefill", "decode")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The run that is estimated.
+    """The run whose cost is estimated: one prefill, one decoded token per sequence, or one training step.
 
     Attributes:
         stripes: the layout; None for full attention.
-        length: tokens of a sequence in training and prefill; in decode the tokens before the one that is computed.
+        length: tokens of a sequence in training and prefill; in decode the tokens before the decoded one.
         batch: sequences in a batch.
         dtype: of weights and activations; in training bfloat16 is autocast over float32 weights, as in `zebra adapt`.
-        lora: the rank, in q, k, v and o; embeddings and norms are trained whole, frozen weights held in `dtype`.
-        self_extend: of the global layers.
+        lora: the rank for q, k, v and o. Embeddings and norms are trained in full; frozen weights are in `dtype`.
+        self_extend: the setting of the global layers.
         full_decode: local layers keep all tokens, and decoded tokens see them.
-        past: tokens of the sequence before these, in training, whose keys come from other devices.
+        past: earlier tokens of the sequence, whose keys come from other devices; not used in decode.
 
     Raises:
-        ZebraError: an unknown dtype or phase, a number below 1, training options outside training, float16 or
-            Self-Extend in training, Self-Extend that does not reach the length or that the model cannot have.
+        ZebraError: an unknown dtype or phase, a number below 1, a layout with a layer beyond the model, training
+            options outside training, float16 or Self-Extend in training, Self-Extend that does not reach the length
+            or does not suit the model.
     """
 
     decoder: Decoder
@@ -80,12 +81,12 @@ class Run:
         return self.batch * (1 if self.phase == "decode" else self.length)
 
     def count(self, kind: str) -> int:
-        """Layers of a kind."""
+        """The number of layers of a kind."""
         return self.decoder.kinds(self.stripes).count(kind)
 
     @property
     def others(self) -> int:
-        """Layers of other kinds than global and local: they read the window and, apart from it, all keys."""
+        """The number of layers of other kinds than global and local: they read the window and, separately, all keys."""
         return self.decoder.layers - self.count(GLOBAL) - self.count(LOCAL)
 
 
@@ -105,9 +106,9 @@ def _check_self_extend(run: Run, setting: SelfExtend) -> None:
 
 
 def pairs_by_kind(run: Run) -> dict[str, int]:
-    """Visible (query, key) pairs of all layers of each kind, and sequences, for each head.
+    """Visible (query, key) pairs by kind of layer, summed over layers and sequences, for one head.
 
-    Self-Extend changes nothing: a band of W near and a causal attention of N - W far are N (N + 1) / 2 pairs together.
+    Self-Extend does not change them: the near band of W keys and the far causal part of N - W have N (N + 1) / 2 pairs.
     """
     past, new = (run.length, 1) if run.phase == "decode" else (run.past, run.length)
     counts = {GLOBAL: 0, LOCAL: 0} | Counter(run.decoder.kinds(run.stripes))
@@ -121,12 +122,12 @@ def pairs_by_kind(run: Run) -> dict[str, int]:
 
 
 def pairs(run: Run) -> int:
-    """Visible (query, key) pairs of all layers and sequences, for each head."""
+    """Visible (query, key) pairs, summed over layers and sequences, for one head."""
     return sum(pairs_by_kind(run).values())
 
 
 def forward_flops(run: Run) -> dict[str, int]:
-    """FLOPs of one forward pass by part. Outside training the head reads only the last token of each sequence."""
+    """FLOPs of one forward pass by part. Outside training the head runs only on the last token of each sequence."""
     d, tokens = run.decoder, run.tokens
     heads = tokens if run.phase == "train" else run.batch
     dense = (d.layers - d.expert_layers) * d.mlp_matrices * d.hidden_size * d.intermediate_size
@@ -164,10 +165,10 @@ def lora_parameters(run: Run) -> int:
 
 
 def bytes_moved(run: Run) -> dict[str, int]:
-    """Bytes that must move by part. In training each pass moves them again; AdamW reads and writes its moments."""
+    """The least bytes that must move, by part. In training each pass moves them again, and AdamW its states."""
     d, tokens, size = run.decoder, run.tokens, BYTES[run.dtype]
     passes = 3 + run.checkpointing if run.phase == "train" else 1
-    # A quantised weight counts by its share of an unquantised one.
+    # A quantised weight counts as a fraction of an unquantised one.
     share = (d.linear_bytes or size) / size
     weights = {part: count * share for part, count in d.parameters_by_part().items()}
     h, hd, kd, i = d.hidden_size, d.query_width, d.kv_width, d.intermediate_size
@@ -176,7 +177,7 @@ def bytes_moved(run: Run) -> dict[str, int]:
         used = min(1.0, tokens * d.experts_per_token / d.experts)
         routed = d.expert_layers * d.experts * d.mlp_matrices * h * d.expert_intermediate_size
         weights["MLP"] -= int((1 - used) * routed) * share
-    # Near and far part each read queries, keys and values; in decode each reads only its own keys.
+    # In prefill the near and the far part each read queries, keys and values; in decode each reads only its own keys.
     rounds = d.layers + (run.count(GLOBAL) if run.self_extend and run.phase == "prefill" else 0) + run.others
     head = tokens if run.phase == "train" else run.batch
     numbers = {

@@ -1,4 +1,4 @@
-"""The sizes of a decoder, read from its config.json: its cost depends on nothing else.
+"""The sizes of a decoder, from which its cost follows, read from its config.json.
 
     parameters = V h (embedding) + V h (head, unless tied) + L layers + final norm
     a layer    = h D (2 H + 2 K) + c h i (c = 3 for a gated MLP, 2 for a plain one) + norms + biases
@@ -26,7 +26,7 @@ from zebra.positions import LENGTH_DEPENDENT, reach_of, rope_type, ropes_of
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 LARGEST = 10**12
-"""The largest size of a config, length or batch: products of a few of them are still floats."""
+"""The largest size in a config, and the largest length and batch: products of a few of them still fit a float."""
 _NAMES = {
     "num_hidden_layers": "n_layer",
     "hidden_size": "n_embd",
@@ -42,15 +42,16 @@ class Decoder:
     """A decoder's sizes.
 
     Attributes:
-        experts, experts_per_token: of the MLPs of `expert_layers` layers, each expert `expert_intermediate_size` wide;
-            0 without experts.
+        tied: whether the head shares the weights of the embedding.
+        experts, experts_per_token: of each of the `expert_layers` MoE layers, whose experts are
+            `expert_intermediate_size` wide; 0 without experts.
         shared_expert_intermediate_size: the width of the expert that all tokens use; 0 without one.
         trained_length: tokens of context that its positions reach, see `zebra.positions.reach_of`.
         rope: the type of its rotary embedding; None without one.
-        learned_positions: entries of the table of positions that is added to the embedding.
-        linear_bytes: bytes of a weight of projections and MLPs where the checkpoint is quantised; None where not.
+        learned_positions: rows of the table of learned position embeddings; 0 without one.
+        linear_bytes: mean bytes per weight of projections and MLPs in a quantised checkpoint; None in any other.
         stripes: the layout of the config itself, with the sinks of zebra.json; None where every layer is global.
-        full_decode: whether local layers keep all keys, which zebra.json says too.
+        full_decode: whether local layers keep all keys, read from zebra.json too.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Decoder:
         return (GLOBAL,) * self.layers if stripes is None else stripes.layer_types(self.layers)
 
     def parameters_by_part(self) -> dict[str, int]:
-        """Parameters by part; a tied head has none of its own."""
+        """Number of parameters by part; a tied head has none of its own."""
         h, hd, kd = self.hidden_size, self.query_width, self.kv_width
         projections = 2 * h * hd + 2 * h * kd + self.qkv_bias * (hd + 2 * kd) + self.out_bias * h
         projections += self.traits.sinks * self.heads
@@ -129,7 +130,7 @@ class Decoder:
 
     @property
     def outside_layers(self) -> int:
-        """Parameters before and after the layers: the embeddings, the last norm, the head."""
+        """The number of parameters outside the layers: the embeddings, the last norm, the head."""
         parts = self.parameters_by_part()
         return parts["embedding"] + (1 + (self.traits.biases == "all")) * self.hidden_size + parts["head"]
 
@@ -140,19 +141,20 @@ class Decoder:
 
     @property
     def linear_parameters(self) -> int:
-        """The parameters of projections and MLPs, which a quantised checkpoint stores in fewer bytes."""
+        """The number of parameters of projections and MLPs, which a quantised checkpoint stores in fewer bytes."""
         parts = self.parameters_by_part()
         return parts["projections"] + parts["MLP"]
 
 
 def read_decoder(model: str | os.PathLike[str]) -> Decoder:
-    """The decoder of a checkpoint's directory, a GGUF file, a config.json, a built-in name, or a name of the hub.
+    """Read a decoder from a checkpoint directory, a GGUF file, a config.json, a built-in name or a model id of the Hub.
 
-    Of the hub only config.json is needed.
+    Of a model on the Hub only config.json is needed.
 
     Raises:
-        ZebraError: as `hub_directory`; no such file or name, no JSON object, a size that is missing or not a whole
-            number, latent attention or shared experts, layers that are neither global nor local.
+        ZebraError: what `hub_directory` raises; no such file or name, no JSON object, a size that is missing or not an
+            integer, latent attention or unknown shared experts, layers that are neither global nor local, a quantised
+            checkpoint without its safetensors files.
     """
     if is_gguf(model):
         return decoder_from_config(config_fields(read_header(model)), name=str(model))
@@ -175,7 +177,7 @@ def read_decoder(model: str | os.PathLike[str]) -> Decoder:
 
 
 def _with_settings(decoder: Decoder, path: Path) -> Decoder:
-    """The decoder with what a directory's zebra.json says of its local layers, and config.json has no field for."""
+    """Add what zebra.json says of the local layers, for which config.json has no field: sinks and full decoding."""
     file = path / "zebra.json"
     if decoder.stripes is None or not file.is_file():
         return decoder
@@ -188,7 +190,7 @@ def _with_settings(decoder: Decoder, path: Path) -> Decoder:
 
 
 def _as_stored(decoder: Decoder, fields: Mapping[str, Any], path: Path) -> Decoder:
-    """The decoder with what its tensors say: whether it has a head of its own, and the bytes of quantised ones."""
+    """Add what the stored tensors show: whether the head has weights of its own, and the bytes of quantised weights."""
     tensors = stored_tensors(path) if path.is_dir() else {}
     if decoder.tied and has_own_head(tensors):
         decoder = replace(decoder, tied=False)
@@ -252,7 +254,7 @@ def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
 
 
 def _integer(fields: Mapping[str, Any], name: str, key: str, default: int | None = None) -> int:
-    """A size of the config `name`; of an absent one the default."""
+    """Read a size from the fields of the config called `name`; the default where it is absent."""
     value = fields.get(key)
     if value is None:
         value = fields.get(_NAMES.get(key, key))
@@ -283,7 +285,7 @@ def _experts(fields: Mapping[str, Any], key: str, layers: int, traits: FamilyTra
 
 
 def _rope(fields: Mapping[str, Any], traits: FamilyTraits) -> str | None:
-    """The type of the rope; of several, one that changes with length."""
+    """The rope type; of several, one that depends on the length, where there is one."""
     if not traits.rotated or fields.get("alibi"):
         return None
     types = [rope_type(rope) for rope in ropes_of(fields)]
@@ -291,7 +293,7 @@ def _rope(fields: Mapping[str, Any], traits: FamilyTraits) -> str | None:
 
 
 def _stripes(fields: Mapping[str, Any], traits: FamilyTraits, layers: int, name: str) -> Stripes | None:
-    """The layout of the config itself; an unused window does not count (Qwen's `use_sliding_window: false`)."""
+    """The layout of the config itself; a window that is switched off (`use_sliding_window: false`) is ignored."""
     window, kinds = fields.get("sliding_window"), fields.get("layer_types")
     if kinds is not None and (len(kinds) != layers or any(kind not in (GLOBAL, LOCAL) for kind in kinds)):
         raise ZebraError(

@@ -1,11 +1,11 @@
-"""The ceilings of a device, and the time that they predict.
+"""The ceilings of a device (peak compute and bandwidth), and the time that they predict.
 
     seconds of a part = max(FLOPs / peak, bytes / bandwidth),     seconds = their sum over the parts
 
-(the roofline of Williams, Waterman and Patterson, 2009, part by part). With published peaks this is a bound that no run
-reaches; with ceilings measured on the machine it is a prediction. A measured device has a third ceiling, the rate of
-attention, whose softmax is no matrix product, and a fourth, the rates at which a token reads weights and cached keys:
-on a CPU its products of one row reach a third of what a copy moves.
+(the roofline of Williams, Waterman and Patterson, 2009, part by part). With published peaks this is a lower bound that
+no run reaches; with ceilings measured on the machine it is a prediction. A measured device has two more ceilings: the
+rate of attention, whose softmax is not a matrix product, and the rates at which decoding reads weights and cached keys
+(on a CPU, matrix-vector products reach a third of a copy's bandwidth).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ WEIGHTS, CACHE = "weights", "cache"
 
 @dataclass(frozen=True)
 class Link:
-    """What one device receives from others: bytes/s from those of its node, and from other nodes.
+    """The rates at which one device receives data from others, in bytes/s.
 
     Attributes:
-        inside: between devices of a node.
-        across: of the network, one device's share.
-        node: devices of a node.
+        inside: from devices of the same node.
+        across: from other nodes; one device's share of the network.
+        node: number of devices in a node.
     """
 
     inside: float
@@ -40,21 +40,25 @@ class Link:
     node: int = 8
 
     def gathering(self, group: int) -> float:
-        """Bytes/s of what all devices of a group need: it enters a node once, over the network's links of all."""
+        """Bytes/s of data that all devices of a group need: it enters a node once, over the links of all devices."""
         return self.inside if group <= self.node else min(self.inside, self.node * self.across)
 
     def exchange(self, group: int) -> float:
-        """Bytes/s of what each device of a group needs for itself."""
+        """Bytes/s of data that only one device of a group needs."""
         return self.inside if group <= self.node else min(self.inside, self.across)
 
 
 @dataclass(frozen=True)
 class Device:
-    """Ceilings: FLOP/s of dense matrix products by dtype, bytes/s of memory, and bytes of memory where known.
+    """The ceilings of a device.
 
-    `attention` holds, where they were measured, the FLOP/s of attention by kind of layer and dtype, counted by visible
-    pairs, and `reading` the bytes/s at which a token reads `weights` and `cache`, by dtype; `source` says whether the
-    ceilings were published by the vendor or measured. `link` joins it to others.
+    Attributes:
+        flops: FLOP/s of dense matrix products by dtype.
+        bandwidth, memory: bytes/s of the memory, and its bytes where known.
+        source: whether the vendor published the ceilings or they were measured.
+        attention: where measured, the FLOP/s of attention by kind of layer and dtype, counted over visible pairs.
+        reading: where measured, the bytes/s at which decoding reads `weights` and `cache`, by dtype.
+        link: the connection to other devices, where known.
     """
 
     name: str
@@ -67,7 +71,7 @@ class Device:
     link: Link | None = None
 
     def seconds(self, run: Run) -> dict[str, float]:
-        """The least seconds of each part.
+        """The least time of each part of a run, in seconds.
 
         Raises:
             ZebraError: a dtype for which the device has no ceiling.
@@ -93,7 +97,7 @@ class Device:
 
 
 _READ = {"projections": WEIGHTS, "MLP": WEIGHTS, "head": WEIGHTS, "attention": CACHE}
-"""What a token reads most of in each part."""
+"""What decoding mostly reads in each part."""
 
 
 DEVICES: dict[str, Device] = {
@@ -114,15 +118,15 @@ DEVICES: dict[str, Device] = {
         ("mi300x", 1307, 163.4, 5300, 192, 448, 50),
     )
 }
-"""Peaks of the vendors' data sheets, none measured: without sparsity, sums in float32, float32 without TF32.
+"""Peaks of the vendors' data sheets, none measured: no sparsity, accumulation in float32, float32 without TF32.
 
-Links: NVLink 4 and 3 and Infinity Fabric, else PCIe 4.0 x16; a network adapter of 400 Gbit/s for each H100, H200 and
-MI300X, of 200 for each A100 and 100 for each L40S, and one of 100 for a node of eight RTX cards.
+Links: NVLink 4 and 3, Infinity Fabric, or PCIe 4.0 x16. Network: one adapter per device, of 400 Gbit/s for H100, H200
+and MI300X, 200 Gbit/s for A100 and 100 Gbit/s for L40S; for RTX cards one of 100 Gbit/s per node of eight.
 """
 
 
 def find_device(device: str | os.PathLike[str]) -> Device:
-    """A device of the table by name, or the ceilings in a JSON file.
+    """Find a device in the table by name, or read its ceilings from a JSON file.
 
     The file holds `name`, `flops` (FLOP/s by dtype), `bandwidth` (bytes/s) and, if they are known, `memory` (bytes),
     `attention` (FLOP/s by kind of layer, full_attention and sliding_attention, and dtype), `reading` (bytes/s by

@@ -1,4 +1,4 @@
-"""How families of decoders differ apart from their sizes."""
+"""What differs between families of decoders apart from their sizes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FamilyTraits:
-    """How families differ apart from their sizes.
+    """What differs between families apart from their sizes.
 
     Attributes:
         norms: weights of a layer's norms in multiples of h, without the norms of queries and keys.
-        query_norm: the width of the norms of queries and keys: one `head`, or `all` heads together.
-        biases: biases of the `qkv` projections, or of `all` linear maps and norms; None follows `attention_bias` and
-            `mlp_bias` of the config.
-        pattern: the layout, tiled, of a config with a window and no layer_types; None where transformers has none then.
+        query_norm: what a norm of queries and keys spans: one `head`, or `all` heads together; None without norms.
+        biases: `qkv` or `all`: which linear maps have biases, under `all` norms too; None as the config says.
+        gated: whether the MLP has a gate projection.
+        pattern: that of a config with a window and no layer_types; None where transformers makes no layer local then.
         opt_in_window: whether a window counts only with `use_sliding_window: true`.
-        rotated: the kinds of layer whose queries and keys have a rotary embedding.
+        rotated: the kinds of layer, G and L, whose queries and keys have a rotary embedding.
         tied: whether embedding and head share their weights where the config does not say.
-        sinks: whether each head has a learned sink, in every layer.
+        sinks: whether each head has a learned sink score, in every layer.
         expert_biases: whether router and experts have biases.
-        shared_expert: whether all tokens use one more expert, with a gate.
+        shared_expert: whether all tokens also use a shared expert, with a gate.
         complete: adds to a decoder what only configs of this family say.
     """
 

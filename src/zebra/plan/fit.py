@@ -1,4 +1,4 @@
-"""What fits: the largest length and batch in a memory budget, and the layout that keeps the most pairs within it."""
+"""What fits: the largest length and batch in a memory budget, and the layout that loses the fewest visible pairs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from zebra.stripes import Stripes
 STRIDES = range(2, 9)
 WINDOWS = (512, 1024, 2048, 4096, 8192, 16384)
 _MOST = 2**30
-"""Where the search ends: a billion tokens or sequences."""
+"""The largest length and batch that are tried."""
 
 _UNITS = {"": 1, "B": 1} | {f"{prefix}B": 1000**i for i, prefix in enumerate("KMGT", 1)}
 _UNITS |= {f"{prefix}IB": 1024**i for i, prefix in enumerate("KMGT", 1)}
 
 
 def parse_bytes(text: str) -> int:
-    """The bytes of an amount of memory: 80GiB, 24GB, 512MiB, 1000B, and without a unit from 1 MiB on."""
+    """Read an amount of memory in bytes: 80GiB, 24GB, 512MiB, 1000B; without a unit bytes, and then at least 1 MiB."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < 1e18:
         raise ZebraError(f"memory is a positive number and a unit; got {text!r}. Write 80GiB, 24GB or 512MiB.")
@@ -34,9 +34,9 @@ def parse_bytes(text: str) -> int:
 
 
 def largest_length(run: Run, budget: int) -> int:
-    """The most tokens whose memory is at most `budget` bytes, the rest as in `run`; 0 where not even one fits.
+    """The largest length whose memory is at most `budget` bytes, all else as in `run`; 0 where not one token fits.
 
-    With Self-Extend at most the length that it reaches.
+    With Self-Extend it is at most the length that Self-Extend reaches.
     """
     most = _MOST
     if run.self_extend:
@@ -45,16 +45,19 @@ def largest_length(run: Run, budget: int) -> int:
 
 
 def largest_batch(run: Run, budget: int) -> int:
-    """The most sequences whose memory is at most `budget` bytes, the rest as in `run`; 0 where not even one fits."""
+    """The largest batch whose memory is at most `budget` bytes, all else as in `run`; 0 where not one sequence fits."""
     return bisect_right(range(1, _MOST + 1), budget, key=lambda n: sum(memory(replace(run, batch=n)).values()))
 
 
 def suggest_layout(run: Run, *, budget: int | None = None, seconds: float | None = None, device: Device) -> Run | None:
-    """The layout that meets the budgets of bytes and seconds and keeps the most visible pairs; None where none does.
+    """The layout with the most visible pairs that meets the budgets of bytes and seconds; None where none does.
 
-    The cheapest would always be the greatest stride and the smallest window. A layout loses pairs, so the one that
-    loses the fewest is chosen: full attention where it fits, else one of the paper's layouts with strides 2 to 8 and
-    windows of 512 to 16,384.
+    The cheapest layout would always have the largest stride and the smallest window, so the one that loses the fewest
+    pairs is chosen: full attention where it fits, else one of the paper's layouts with strides 2 to 8 and windows of
+    512 to 16,384.
+
+    Raises:
+        ZebraError: `seconds` that are not positive.
     """
     if seconds is not None and not seconds > 0:
         raise ZebraError(f"a budget of time is a positive number of seconds; got {seconds:g}. Raise it.")

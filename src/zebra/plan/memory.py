@@ -1,17 +1,17 @@
-"""The memory of a run: weights, cache, activations, gradients and AdamW's moments, by formulas, in bytes.
+"""The memory of a run in bytes, by formulas: weights, KV cache, activations, gradients and AdamW's moments.
 
-Numbers that autograd saves in one layer for each token (h hidden, i intermediate, H D queries, K D keys, r rank):
+Values that autograd saves per token in one layer (h hidden, i intermediate, HD queries, KD keys, H heads, r rank):
 
     float32, full          6 h + 2 HD + 2 KD + 4 i + H + 2
     float32, LoRA          5 h + 2 HD + 2 KD + 3 i + H + 2 + 4 r
     bfloat16, full         5 h + 2 HD + 2 KD + 4 i  in bfloat16,   4 h + H + 2  in float32
     bfloat16, LoRA         3 h + 3 HD + 2 KD + 3 i + 4 r           4 h + H + 2
 
-The terms: each norm saves its input and the normalised input (2 h, in float32) and 1/rms; q, k, v, the output and its
-log-sum-exp H; gate, its activation, up and their product (4 i); the input of each trained map (under autocast q, k, v,
-gate and up each cast their own copy: 5 h; a frozen map saves none). Norms of queries and keys save their input and the
-normalised input too. A plain MLP saves 2 i, and a LayerNorm has no product to save. `Stripes.extra_saved_bytes` adds
-what layers of other kinds save. An allocator's waste is not counted.
+The terms: each norm saves its input, the normalised input (2 h, in float32) and 1/rms; attention saves q, k, v, the
+output and its log-sum-exp (H); the MLP saves gate, its activation, up and their product (4 i); each trained linear map
+saves its input (under autocast q, k, v, gate and up each cast a copy of their own: 5 h), a frozen one does not. Norms
+of queries and keys also save their input and the normalised input. An MLP without a gate saves 2 i, and a LayerNorm
+only its input. `Stripes.extra_saved_bytes` adds what layers of other kinds save. Fragmentation is not counted.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ CHUNK = 512
 def cached_tokens(run: Run) -> int:
     """Tokens in the cache, summed over layers and sequences: w - 1 in a local layer, N in any other.
 
-    A local layer also keeps its sinks; with full decoding it keeps N. Under Self-Extend a global layer keeps N, and
-    once more the keys of the last W - 1, which `kv_bytes` counts.
+    A local layer also keeps its sinks; with full decoding it keeps N. Under Self-Extend a global layer also keeps a
+    second copy of the last W - 1 keys, which only `kv_bytes` counts.
     """
     local = run.length if run.full_decode else _local_tokens(run)
     whole = run.decoder.layers - run.count(LOCAL)
@@ -37,17 +37,17 @@ def cached_tokens(run: Run) -> int:
 
 
 def _local_tokens(run: Run) -> int:
-    """Tokens that a local layer keeps of one sequence; 0 without stripes."""
+    """Tokens of one sequence that a local layer keeps; 0 without stripes."""
     return 0 if run.stripes is None else min(run.length, run.stripes.window - 1) + run.stripes.sinks
 
 
 def _near_tokens(run: Run) -> int:
-    """Tokens of which a global layer keeps a second key under Self-Extend; 0 without it."""
+    """Tokens whose keys a global layer keeps twice under Self-Extend; 0 without it."""
     return 0 if run.self_extend is None else min(run.length, run.self_extend.window - 1)
 
 
 def kv_bytes(run: Run) -> int:
-    """Bytes of the cached keys and values after `length` tokens; none in training."""
+    """Bytes of the KV cache after `length` tokens; 0 in training."""
     if run.phase == "train":
         return 0
     numbers = 2 * cached_tokens(run) + run.batch * run.count(GLOBAL) * _near_tokens(run)
@@ -55,7 +55,7 @@ def kv_bytes(run: Run) -> int:
 
 
 def snapshot_bytes(run: Run) -> int:
-    """Bytes of a snapshot, which brings a longer cache back to `length` tokens: the local layers', and the near keys.
+    """Bytes of a snapshot that brings a longer cache back to `length` tokens: local layers and Self-Extend's near keys.
 
     0 where all of these hold the whole text.
     """
@@ -72,7 +72,7 @@ def snapshot_bytes(run: Run) -> int:
 
 
 def saved_bytes_per_token(run: Run) -> int:
-    """Bytes that autograd saves for each token in one layer of either kind, by the table above."""
+    """Bytes that autograd saves per token in one global or local layer, by the table of this module."""
     d, r = run.decoder, run.lora or 0
     h, hd, kd = d.hidden_size, d.query_width, d.kv_width
     i = d.intermediate_size
@@ -94,14 +94,14 @@ def saved_bytes_per_token(run: Run) -> int:
 def memory(run: Run) -> dict[str, int]:
     """Bytes by part on one device.
 
-    Outside training: weights, the cache, and the tensors of one layer, the residual and the wider of attention and MLP.
-    In decode the cache has room for a quarter more tokens, which the first decoded one reserves.
+    Outside training: weights, the KV cache, one layer's tensors (the residual stream, and attention or MLP, whichever
+    is larger) and the logits. In decode the first decoded token reserves room for a quarter more tokens in the cache.
     """
     if run.phase == "train":
         return _training(run)
     d, size = run.decoder, BYTES[run.dtype]
     mlp = d.mlp_matrices * max(d.intermediate_size, d.active_expert_width)
-    copies = 3 if run.self_extend else 2  # of queries and keys: as rotated for the far part too
+    copies = 3 if run.self_extend else 2  # of queries and keys: before and after rotation, and rotated for the far part
     working = 2 * d.hidden_size + max(copies * (d.query_width + d.kv_width), mlp)
     return {
         "weights": size * d.num_parameters + round(((d.linear_bytes or size) - size) * d.linear_parameters),
@@ -142,8 +142,8 @@ def activation_memory(
 
     Args:
         layers: bytes saved by each layer.
-        layer_input: bytes of the residual stream. Activation checkpointing saves it for each layer, and runs one layer
-            at a time again.
+        layer_input: bytes of the residual stream. Activation checkpointing saves it for each layer, and recomputes one
+            layer at a time.
         weights_cast: bytes of the bfloat16 copies that autocast makes of float32 weights.
     """
     if checkpointing:

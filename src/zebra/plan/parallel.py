@@ -1,15 +1,15 @@
-"""One of several devices: the memory that it needs, and the bytes that it receives, by formulas.
+"""One of several devices: the memory that it needs and the bytes that it receives, by formulas.
 
     devices = data x shard x sequence
 
-    data       each group of devices trains on sequences of its own, with all weights
-    shard      weights, gradients and moments are split (FSDP2), over the devices of a sequence too
-    sequence   the N tokens of a sequence are split, two chunks to each (`zebra.shards`)
+    data       each group of devices trains on its own sequences, with all weights
+    shard      weights, gradients and moments are sharded (FSDP2), over the devices of a sequence too
+    sequence   the N tokens of a sequence are split, two chunks to each device (`zebra.shards`)
 
-A device of a sequence fetches the keys and values of the tokens that its queries see and that others hold, in each
-forward pass of a layer, and gets as many gradients back as it sent of its own. Activation checkpointing runs forward
-passes again. A ring (`zebra.model.sequence_parallel`) passes a global layer's on once more in the backward, and holds
-those of two devices at a time.
+With a split sequence, in each forward pass of a layer, a device fetches the keys and values that its queries see and
+other devices hold. In the backward pass it receives a gradient for each key and value that it sent. Activation
+checkpointing repeats the forward pass. A ring (`zebra.model.sequence_parallel`) passes a global layer's keys and values
+round once more in the backward pass, and holds those of two devices at a time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _LARGEST = 10**6
 
 @dataclass(frozen=True)
 class Parallel:
-    """How devices share a training: how many groups of data, of weights, and of a sequence's tokens.
+    """How devices share a run: in how many parts they split the data, the weights, and the tokens of a sequence.
 
-    ring: global layers pass keys and values round the devices of a sequence, and do not gather them.
+    ring: global layers pass keys and values round the devices of a sequence (ring attention), and do not gather them.
     """
 
     data: int = 1
@@ -48,7 +48,7 @@ class Parallel:
 
     @classmethod
     def parse(cls, text: str) -> Parallel:
-        """Read `shard=4,sequence=2`, or `shard=4,sequence=2,ring`."""
+        """Read `shard=4,sequence=2` or `shard=4,sequence=2,ring`; another notation raises a ZebraError."""
         groups, ring = text.removesuffix(",ring"), text.endswith(",ring")
         sizes = dict(re.findall(r"(data|shard|sequence)=(\d{1,9})(?:,|$)", groups))
         if not sizes or ",".join(f"{name}={count}" for name, count in sizes.items()) != groups:
@@ -64,22 +64,22 @@ class Parallel:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The groups by name."""
+        """The three numbers by name."""
         return {"data": self.data, "shard": self.shard, "sequence": self.sequence}
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """The number of devices."""
         return self.data * self.shard * self.sequence
 
     @property
     def weight_shards(self) -> int:
-        """Devices over which weights are split."""
+        """The number of devices over which weights are sharded."""
         return self.shard * self.sequence if self.shard > 1 else 1
 
 
 def check_parallel(run: Run, parallel: Parallel | None = None) -> None:
-    """Check that devices can share a run; with `parallel` that they can in this way.
+    """Check that devices can share a run, in this way if `parallel` is set.
 
     Raises:
         ZebraError: decoding, layers of other kinds than global and local, more devices than a sequence has tokens.
@@ -96,10 +96,10 @@ def check_parallel(run: Run, parallel: Parallel | None = None) -> None:
 
 
 def busiest(run: Run, processes: int) -> Run:
-    """What the last device of a split sequence computes of it: no other has more pairs.
+    """The part of a run that the last device of a split sequence computes: no other device has more visible pairs.
 
-    Its two chunks are the middle of the sequence. In global layers all devices have as many pairs. In local layers
-    those have fewer whose first chunk begins within a window of the beginning.
+    Its two chunks are the middle of the sequence. In global layers all devices have the same number of pairs. In local
+    layers a device has fewer if its first chunk begins less than a window after the start.
     """
     shards = Shards(run.length, processes)
     return run if processes == 1 else replace(run, length=shards.length, past=shards.held(processes - 1)[0].start)
@@ -111,7 +111,7 @@ def _traffic(shards: Shards, window: int | None, sinks: int) -> list[tuple[int, 
 
 
 def exchanged_bytes(run: Run, kind: str, processes: int) -> list[tuple[int, int]]:
-    """Bytes of keys and values that each process receives and sends in one forward pass of one layer of a kind."""
+    """Bytes of keys and values that each process receives and sends in one layer's forward pass, by process."""
     window, sinks = (run.stripes.window, run.stripes.sinks) if run.stripes and kind == LOCAL else (None, 0)
     token = run.batch * 2 * run.decoder.kv_width * BYTES[run.dtype]
     return [(token * got, token * sent) for got, sent in _traffic(Shards(run.length, processes), window, sinks)]
@@ -120,13 +120,13 @@ def exchanged_bytes(run: Run, kind: str, processes: int) -> list[tuple[int, int]
 def split_memory(run: Run, parallel: Parallel) -> dict[str, int]:
     """Bytes that splitting a sequence adds on the device that needs the most, by part.
 
-    Autograd saves what a layer gathered, and the outputs of both chunks beside the one that joins them. A ring saves
-    nothing, and holds the keys and values of two devices at a time. Outside training, and under activation
-    checkpointing, one layer's are held at a time.
+    Autograd saves the keys and values that a layer gathered, the outputs of both chunks, and their concatenation. A
+    ring saves nothing, and holds the keys and values of two devices at a time. Outside training, and under activation
+    checkpointing, only one layer's are held at a time.
 
-    One layer's gradients of keys and values, g of what was gathered: those of chunks (g), their sum (g), what goes home
-    (g) and what comes (g / 2), where the keys themselves are gone (-g). In a ring, of a shard: those of a step (3/2),
-    what goes home and what comes (2), the next keys (1), and a sum in float32.
+    Gradients of one layer's keys and values, where g bytes were gathered: those of the chunks (g), their sum (g), those
+    sent back (g) and received (g / 2), less the freed keys and values (g). In a ring, in units of a shard's keys and
+    values: those of one step (3/2), those sent and received (2), the next keys and values (1), and a sum in float32.
     """
     kinds, tokens = run.decoder.kinds(run.stripes), run.batch * Shards(run.length, parallel.sequence).length
     size, training = BYTES[run.dtype], run.phase == "train"
@@ -154,11 +154,11 @@ def split_memory(run: Run, parallel: Parallel) -> dict[str, int]:
 
 
 def received_bytes(run: Run, parallel: Parallel) -> dict[str, int]:
-    """Bytes that the busiest device receives in one pass or one training step, by part.
+    """Bytes that the busiest device receives in one prefill or one training step, by part.
 
-    Gradients of keys and values come back to those that sent them. FSDP2 gathers a layer's weights for the forward and
-    for the backward, embeddings and the head once for both; each device receives the gradients of its shard. Gradients
-    of copies of a shard, or of whole weights, are reduced in a ring. Exact where the shards of each weight are even.
+    Gradients of keys and values return to the device that sent those. FSDP2 gathers a layer's weights for the forward
+    and again for the backward pass, the weights outside the layers once for both, and reduce-scatters the gradients.
+    Copies of a shard, or of all weights, all-reduce their gradients in a ring. Exact where each weight splits evenly.
     """
     training = run.phase == "train"
     parts: dict[str, int] = {}
@@ -195,8 +195,8 @@ def _keys_and_values(run: Run, parallel: Parallel) -> list[dict[str, int]]:
 def device_memory(run: Run, parallel: Parallel) -> dict[str, int]:
     """Bytes by part on the device that needs the most.
 
-    Under sharding two layers and the embeddings are whole for a while: one is computed, one is fetched ahead.
-    Activation checkpointing then leaves the bfloat16 copies of one layer at a time.
+    With sharded weights, two layers (one to compute, one prefetched) and all weights outside the layers are gathered at
+    a time. With activation checkpointing too, there are bfloat16 copies of only one layer's weights at a time.
     """
     sequence, shards = parallel.sequence, parallel.weight_shards
     parts = memory(replace(run, length=Shards(run.length, sequence).length) if sequence > 1 else run)

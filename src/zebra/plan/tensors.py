@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint's safetensors files, by their headers: what config.json cannot say of its weights."""
+"""What config.json does not say about a checkpoint's weights, read from the headers of its safetensors files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from zebra.errors import ZebraError
 
 _LARGEST_HEADER, _CHUNK = 10**8, 1 << 22
 _OUTSIDE_LAYERS = ("embed", "lm_head", "wte", "wpe", "norm", "ln_")
-"""Parts of the names of tensors that are no linear map of a layer. Quantisers commonly leave these as they are."""
+"""Parts of the names of tensors that belong to no linear map of a layer. Quantisers usually leave these as they are."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where the bytes [start, end) of a tensor lie, and of what they are."""
+    """A tensor's dtype and shape, and its place: the bytes [start, end) of a file."""
 
     file: Path
     dtype: str
@@ -61,7 +61,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def has_own_head(tensors: dict[str, StoredTensor]) -> bool:
-    """Whether there is a head beside the embeddings, with other values."""
+    """Whether the head is stored beside the embeddings with other values, so that the two are not tied."""
     head = tensors.get("lm_head.weight")
     table = next((one for name, one in tensors.items() if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
     if head is None or table is None:
@@ -78,7 +78,7 @@ def _differ(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def layer_bytes(tensors: dict[str, StoredTensor]) -> int:
-    """Bytes of the linear maps of all layers, with what a quantiser stores beside them."""
+    """Bytes of the linear maps of all layers, with the scales and other tensors that a quantiser adds."""
     return sum(
         one.end - one.start for name, one in tensors.items() if not any(part in name for part in _OUTSIDE_LAYERS)
     )
