@@ -1,7 +1,7 @@
-"""Results as one page: a self-contained HTML file, and the same in Markdown with its figures beside it.
+"""Results as one page: a self-contained HTML file, and the same page in Markdown with its figures beside it.
 
-A page is a list of sections and a section is prose, tables and figures; HTML, Markdown and the terminal are three
-renderings of them. Results that no section understands stand in a plain table at the end.
+A page is a list of sections, and a section is prose, tables and figures; HTML, Markdown and the terminal render them.
+Results that no section knows are in a plain table at the end.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ SECTIONS: dict[str, Callable[[list[Result]], Section]] = {
 def write_report(
     results: Sequence[Result], html: Path, *, title: str | None = None, chapters: Sequence[Chapter] = ()
 ) -> None:
-    """Write the page to `html`, beside it the same in Markdown, whose figures are the files `<stem>-*.svg`.
+    """Write the page to `html`, and beside it the same page in Markdown, whose figures are the files `<stem>-*.svg`.
 
     Args:
-        chapters: parts that other packages made of some of the results; they come first, and the sections of this
+        chapters: parts that other packages made from some of the results; they come first, and the sections of this
             package show the other results.
 
     Raises:
-        ZebraError: no results, or a page whose name does not end in .html.
+        ZebraError: no results, or a page whose name does not end in .html or .htm.
     """
     if not results:
         raise ZebraError("a report needs at least one result; got 0. Give a run that has a results.jsonl.")
@@ -99,14 +99,14 @@ def write_report(
 
 
 def terminal_tables(results: Iterable[Result]) -> list[terminal.Table]:
-    """The tables of `SECTIONS` for a terminal."""
+    """The tables of all `SECTIONS` for a terminal."""
     kinds = by_kind(results)
     sections = [section(kinds[kind]) for kind, section in SECTIONS.items()]
     return [terminal_table(block) for section in sections for block in section.blocks if isinstance(block, Table)]
 
 
 def terminal_table(table: Table) -> terminal.Table:
-    """A table for a terminal. Where it is narrow, words go on in the next line, and no number is cut."""
+    """A table for a terminal. In a narrow one, cells wrap to the next line, so that no number is cut."""
     shown = terminal.Table(title=Text(table.title), title_justify="left", title_style="", header_style="bold")
     for i, cell in enumerate(table.head):
         head = Text.assemble(cell.text, ("\n" + cell.dim, "dim"))

@@ -10,15 +10,19 @@ from zebra.report.pivot import value_cell
 from zebra.report.series import Series, percent, span_name
 
 _CLOSE = math.log(1.02)
-"""A perplexity that is less than 2 % above the best is as good."""
+"""A perplexity at most 2 % above the best counts as equally good."""
 _READS = 1.25
-"""A method reads the text whose perplexity is at most so many times that within the trained length."""
+"""A method copes with the text if its perplexity is at most this many times that within the trained length."""
 _CHEAP = 0.75
-"""A cache that is smaller than this share of another is cheap."""
+"""A cache is cheap if it is smaller than this share of the best method's."""
 
 
 def advice(compared: Methods) -> Line:
-    """One sentence: the method that reads the text best, with its reason, and a cheaper one where there is one."""
+    """Name the method that reads the text best, with its numbers, and one with a much smaller cache if there is one.
+
+    Of the methods whose perplexity at the last positions is about the lowest, the best answers the most questions, and
+    of those is the fastest.
+    """
     scored = [one for one in compared.by_series if compared.results(one, "loss_above_best", compared.far)]
     if not scored:
         return [Cell("No method could be measured on a window.")]
@@ -50,7 +54,7 @@ def advice(compared: Methods) -> Line:
 
 
 def _described(compared: Methods, best: Series) -> Line:
-    """The best method and what speaks for it."""
+    """The best method and its numbers."""
     baseline = compared.baseline
     words = [
         Cell(f"{compared.names[best]}: perplexity "),

@@ -1,4 +1,4 @@
-"""Instruction tuning on a page: the loss on answers before, during and after, and what was trained on."""
+"""Instruction tuning on a page: the loss on answers before, during and after training, and what was trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _METRICS = ("samples", "tokens")
 
 
 def answers(results: list[Result]) -> Section:
-    """The loss on the answers of each suite: a line over the steps, and a table for each run."""
+    """The loss on the answers of each suite: a figure over the steps, and a table for each run."""
     blocks: list[str | Table | Figure] = []
     if any(step(one) is not None for one in results):
         caption = "Loss on the answers (nats per token) over training, suite by suite"
@@ -30,7 +30,7 @@ def _suite(result: Result) -> str:
 
 
 def answer_summary(run: str, results: list[Result]) -> list[Cell]:
-    """What tuning did to the loss on each suite's answers, against the source as it was."""
+    """In words, how tuning changed the loss on each suite's answers, compared with the source."""
     words: list[Cell] = []
     for suite, losses in split(results, _suite).items():
         losses = [one for one in losses if one.run == run and step(one) is None]
@@ -43,7 +43,7 @@ def answer_summary(run: str, results: list[Result]) -> list[Cell]:
 
 
 def _table(results: list[Result]) -> Table:
-    """Models and steps down, suites across."""
+    """A row for each model or step, a column for each suite."""
     layouts = short_layouts(one.layout for one in results)
 
     def names(one: Result) -> tuple[str, str]:
@@ -60,7 +60,7 @@ def _table(results: list[Result]) -> Table:
 
 
 def _plot_losses(axes: Axes, results: list[Result]) -> None:
-    """A line for each suite; at step 0 is the source in the layout that is trained."""
+    """A line for each suite; step 0 is the source in the layout that is trained."""
     several = len({one.run for one in results}) > 1
     trained = {(one.run, one.layout) for one in results if step(one) is not None}
     points: dict[str, list[tuple[int, float]]] = {}

@@ -1,4 +1,4 @@
-"""Benchmarks on a page: a line for each variant and workload, what was predicted beside what was measured."""
+"""Benchmarks on a page: a row for each variant and workload, with the prediction beside the measurement."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ _UNITS = {
     "bytes_per_second": ("GB/s", 1e9),
     "bytes": ("GiB", 2**30),
 }
-"""The columns by the start of a metric, with what stands under their names; the rest of a metric is its workload."""
+"""For each column, named by the prefix of its metrics, the note in its head and the divisor of its values.
+
+The rest of a metric's name is the workload.
+"""
 
 
 def benches(results: list[Result]) -> Section:
-    """A table for each task and length of a run; one of them has the device's own limits."""
+    """A table for each task and length of a run; the task `bench ceilings` has the limits of the device."""
     tables = map(_table, split(results, lambda one: (one.run, one.task, one.length)).values())
     return Section("Measured speed", [HOW, *tables] if results else [])
 
@@ -52,7 +55,7 @@ def _table(results: list[Result]) -> Table:
     first, by_metric = results[0], split(results, lambda one: one.metric)
 
     def ratio(here: Results) -> Cell:
-        """To the first line of the same workload."""
+        """The ratio to the first row of the same workload."""
         both = [one for time in here if _column(time) == "milliseconds" for one in (by_metric[time.metric][0], time)]
         if not both or not both[0].value:
             return Cell("–")

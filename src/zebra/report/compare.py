@@ -1,4 +1,4 @@
-"""Runs side by side: what was measured in more than one, each with its model and layout."""
+"""Runs side by side: what more than one run measured, each with its model and layout."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ HOW = (
 
 
 def merge_sources(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
-    """The results of several sources, their text as a page can show it.
+    """The results of several sources, with text that a page can show.
 
-    Where two sources have a run of one name, the source's name is added to the run's.
+    Where two sources have a run of the same name, the name of the source is added to the run's.
     """
     short = {source: Path(source).name.removesuffix(".jsonl") or source for source in sources}
     if len(set(short.values())) < len(short):
@@ -45,7 +45,7 @@ def merge_sources(sources: Mapping[str, Sequence[Result]]) -> list[Result]:
 
 
 def compare(results: Iterable[Result]) -> Section:
-    """A table for each task that more than one run has; no section where there is none."""
+    """A table for each task that more than one run has; an empty section where there is none."""
     compared = [
         one
         for one in results
@@ -60,7 +60,7 @@ def compare(results: Iterable[Result]) -> Section:
 
 
 def _table(results: list[Result]) -> Table:
-    """Two series as columns with their change; more of them as lines."""
+    """Two series as columns with their change; more than two as rows."""
     title = task_name(results[0].task)
     metrics = [*split(results, lambda one: one.metric)]
     measures = split(results, lambda one: (one.metric, one.length))
@@ -76,7 +76,7 @@ def _table(results: list[Result]) -> Table:
     columns = [(head, where(tasks.mean_cell, **one._asdict())) for one, head in runs.items()]
 
     def change(here: Results) -> Cell:
-        """Between the means of the two series."""
+        """The difference between the means of the two series."""
         before, after = ([one for one in here if series_of(one) == series] for series in every)
         if not before or not after:
             return Cell("–")

@@ -1,4 +1,4 @@
-"""Ways to read long texts (`zebra compare`): the results of one comparison by method."""
+"""Ways to read long texts (`zebra compare`): the results of one comparison, by method."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from zebra.report.series import Series, Span, buckets, labels, percent, series_o
 from zebra.results import Result
 
 _FEW_SAMPLES = 20
-"""Below so many answers a share in percent would promise too much."""
+"""With fewer answers than this, a percentage would suggest too much precision."""
 
 
 class Methods:
-    """The methods of one comparison, the checkpoint as it is first."""
+    """The methods of one comparison; the first is the unchanged checkpoint."""
 
     def __init__(self, results: Sequence[Result]):
         by_series = split((one for one in results if not one.task.startswith("compare-failed")), series_of)
@@ -27,34 +27,34 @@ class Methods:
         spans = buckets(one for one in results if one.metric == "perplexity")
         inside = [span for span in spans if span[1] <= self.trained]
         self.near = inside[-1] if inside and inside[-1] != spans[-1] else spans[max(0, len(spans) - 2)]
-        """The last positions that the checkpoint was trained for; where all are, those before the last."""
+        """The last bucket within the trained length; the last but one where all or none are within it."""
         self.spans = [span for span in spans if span[0] >= self.near[0]]
         self.far = spans[-1]
         self.device = results[0].device
 
     def results(self, series: Series, metric: str, span: Span | None = None) -> list[Result]:
-        """The result of a metric, at a span of positions where one is given; none where it was not measured."""
+        """The result of a metric, at a span of positions if one is given; empty where it was not measured."""
         same = [one for one in self.by_series[series] if one.metric == metric]
         return [one for one in same if span is None or span_of(one) == span][:1]
 
     def value(self, series: Series, metric: str, span: Span | None = None) -> float:
-        """Its value; NaN where the method has none."""
+        """The value of a metric; NaN where it was not measured."""
         results = self.results(series, metric, span)
         return results[0].value if results else math.nan
 
     def answers(self, series: Series, task: str | None = None) -> list[Result]:
-        """The retrieval results of a task, or of all."""
+        """The retrieval results of a task, or of all tasks."""
         scored = [one for one in self.by_series[series] if one.task.startswith("retrieval-")]
         return [one for one in scored if task in (None, one.task)]
 
     def share(self, series: Series) -> float:
-        """The share of answers over all tasks and depths; NaN without any."""
+        """The mean share of answers found over all tasks and depths; NaN without results."""
         scores = [one.value for one in self.answers(series)]
         return sum(scores) / len(scores) if scores else math.nan
 
 
 def answered(results: Sequence[Result]) -> str:
-    """How many samples of some retrieval results were answered: of many in percent, of a few `1 of 1`."""
+    """How many samples of some retrieval results were answered: in percent, or as `1 of 1` where they are few."""
     total = sum(one.n or 0 for one in results)
     if 0 < total < _FEW_SAMPLES:
         return f"{sum(one.value * (one.n or 0) for one in results):.0f} of {total}"

@@ -1,4 +1,4 @@
-"""The figures of a page, as SVG elements that take the colour of the text around them."""
+"""The figures of a page, as SVG elements in the colour of the surrounding text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zebra.report.series import FULL, Span, buckets, interval, labels, series_of
 from zebra.results import Result
 
 INK = "#010203"
-"""What figures draw in the colour of the text; it becomes `currentColor`, so that a figure follows light and dark."""
+"""Stands for the colour of the text: it becomes `currentColor`, so that a figure follows light and dark mode."""
 HUES = ("#e2571e", "#2a93a8", "#8b68d6", "#b8860b", "#d0488a", "#4f9d50")
 ACCENT = HUES[0]
 
@@ -50,14 +50,14 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Figure:
-    """Plots as panels of one SVG element, in the colour of the text around it; they share the legend of the first.
+    """Plots as panels of one SVG element. The first panel's legend is that of all.
 
     Attributes:
-        name: part of its file's; all ids in it start with it.
-        results: what it draws: a part of it whose `url` is `@2` links to the third of them.
-        height: of a line of panels, in inches.
-        columns: panels beside each other; all of them where None.
-        widths: of the columns, in proportion.
+        name: part of the file's name, and the prefix of all ids in the SVG.
+        results: the results it draws; an artist whose `url` is `@2` links to the third of them.
+        height: height of a row of panels, in inches.
+        columns: panels in a row; all of them if None.
+        widths: relative widths of the columns.
     """
 
     name: str
@@ -70,11 +70,11 @@ class Figure:
 
     @cached_property
     def svg(self) -> str:
-        """The element for a page."""
+        """The SVG element for a page."""
         columns = self.columns or len(self.plots)
         lines = math.ceil(len(self.plots) / columns)
         with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": self.name}]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # glyphs, which are the reader's fonts' matter, and values beyond the axes
+            warnings.simplefilter("ignore")  # missing glyphs (the reader's fonts draw them), values beyond the axes
             figure = Canvas(figsize=(_WIDTH, lines * self.height), layout="constrained")
             panels = list(figure.subplots(lines, columns, squeeze=False, width_ratios=self.widths).flat)
             for axes, plot in itertools.zip_longest(panels, self.plots):
@@ -98,18 +98,18 @@ class Figure:
 
     @property
     def standalone(self) -> str:
-        """The element as a file of its own, without links, in black or white by the reader's preference."""
+        """The element as a file of its own, without links, in dark or light ink as the reader prefers."""
         svg = re.sub(r"</?a\b[^>]*>", "", self.svg)
         style = "<style>svg{color:#1b1b1b}@media(prefers-color-scheme:dark){svg{color:#e8e8e8}}</style>"
         return re.sub(r"<svg([^>]*)>", rf'<svg xmlns="http://www.w3.org/2000/svg"\1>{style}', svg, count=1)
 
 
 def plot_positions(axes: Axes, results: Sequence[Result], named: Mapping[str, str] | None = None) -> None:
-    """Perplexity over positions, a line for each series; where they are few, its interval as a band.
+    """Plot perplexity over positions, a line for each series; up to four series also have their interval as a band.
 
     Args:
         results: perplexities of one task at one context length.
-        named: names of layouts in the legend.
+        named: labels of layouts in the legend, in place of the usual ones.
     """
     spans = buckets(results)
     left = spans[0][0] or spans[0][1] / 2  # a logarithmic axis has no 0
@@ -149,7 +149,7 @@ def _scale_tokens(axes: Axes, ticks: Sequence[float], texts: Sequence[str]) -> N
 
 
 def plot_lengths(axes: Axes, lines: Mapping[str, Mapping[int, float]], threshold: float) -> None:
-    """Shares over lengths, a line for each label, and a threshold."""
+    """Plot shares over lengths, a line for each label, and a threshold as a dashed line."""
     for label, points in lines.items():
         axes.plot([*points], [*map(drawable, points.values())], label=label)
     axes.axhline(threshold, color=INK, linestyle="--", linewidth=1, alpha=0.6)
@@ -160,7 +160,7 @@ def plot_lengths(axes: Axes, lines: Mapping[str, Mapping[int, float]], threshold
 
 
 def plot_loss(axes: Axes, losses: list[Result], named: Mapping[str, tuple[str, str]] | None = None) -> None:
-    """Training loss over tokens, a line for each run: with its own name, or with a name and a colour that are given."""
+    """Plot training loss over tokens, a line for each run; `named` gives a label and a colour by run."""
     for i, run in enumerate(dict.fromkeys(loss.run for loss in losses)):
         points = {loss.n or 0: drawable(loss.value) for loss in losses if loss.run == run}
         label, color = (named or {}).get(run, (run, HUES[i % len(HUES)]))
@@ -170,7 +170,7 @@ def plot_loss(axes: Axes, losses: list[Result], named: Mapping[str, tuple[str, s
 
 
 def plot_during_training(axes: Axes, points: Mapping[float, Sequence[Result]], spans: list[Span], unit: str) -> None:
-    """Perplexity over training, a line for each span of positions."""
+    """Plot perplexity over training, a line for each span of positions."""
     for i, span in enumerate(spans, start=1):
         here = [(at, drawable(one.value)) for at, scores in points.items() for one in scores if span_of(one) == span]
         color = to_rgba(HUES[0], 0.25 + 0.75 * i / len(spans))
@@ -186,7 +186,7 @@ def _scale_trained(axes: Axes, unit: str) -> None:
 
 
 def _scale_perplexity(axes: Axes, results: Iterable[Result]) -> None:
-    """Logarithmic where the values differ by more than a factor of 4."""
+    """Make the scale logarithmic where the values differ by more than a factor of 4."""
     axes.set_ylabel("perplexity")
     drawn = [one.value for one in results if 0 < one.value < _MOST]
     if drawn and (ratio := max(drawn) / min(drawn)) > 4:
@@ -198,15 +198,16 @@ def _scale_perplexity(axes: Axes, results: Iterable[Result]) -> None:
 
 
 def drawable(value: float) -> float:
-    """A value as it can be drawn: NaN beyond ±1e30, where ticks cannot be laid out."""
+    """The value if it can be drawn, else NaN: matplotlib cannot lay out ticks beyond ±1e30."""
     return value if abs(value) < _MOST else math.nan
 
 
 def plot_cells(axes: Axes, columns: int, lines: int, cells: Iterable[dict[str, Any]]) -> None:
-    """Rectangles instead of axes: columns from the left and lines from the top, their centres at 0, 1, ...
+    """Draw a grid of rectangles: columns from the left and rows from the top, their centres at 0, 1, ...
 
     Args:
-        cells: for each what `matplotlib.patches.Rectangle` takes, `xy` the centre; a cell is 1 high and wide otherwise.
+        cells: for each cell the arguments of `matplotlib.patches.Rectangle`, but `xy` is the centre, and height and
+            width are 1 unless they are set.
     """
     axes.spines[:].set_visible(False)
     axes.grid(False)

@@ -1,4 +1,4 @@
-"""The layouts of a page: what a layer of each kind reads, which layers are of which kind, and what they cost."""
+"""Layouts on a page: what a layer of each kind reads, which layers are of which kind, and what they cost."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LayerTypes = Mapping[tuple[str, int], tuple[str, ...]]
 
 
 def layouts(costs: list[Result]) -> Section:
-    """The layouts of results that count layers."""
+    """A figure of the layouts, whose depths are in the results that count layers."""
     kinds: dict[tuple[str, int], tuple[str, ...]] = {}
     results = []
     windows = set()
@@ -66,7 +66,7 @@ def layouts(costs: list[Result]) -> Section:
 
 
 def _plot_mask(axes: Axes, color: str, window: int, text: str) -> None:
-    """A line for each token that reads, a column for each that may be read."""
+    """A schematic mask: a row for each query, a column for each key."""
     cells = [
         {"xy": (j, i), "width": 0.88, "height": 0.88, "color": color if 0 <= i - j < window else to_rgba(INK, 0.1)}
         for i in range(_TOKENS)
@@ -77,7 +77,7 @@ def _plot_mask(axes: Axes, color: str, window: int, text: str) -> None:
 
 
 def _plot_layers(axes: Axes, kinds: LayerTypes) -> None:
-    """A strip of layers for each layout, under its name, which links to the result."""
+    """A row of layers for each layout, under its name, which links to the result."""
     most = max(n for _, n in kinds)
     cells = []
     for line, ((layout, n), layers) in enumerate(kinds.items()):
@@ -93,7 +93,7 @@ def _plot_layers(axes: Axes, kinds: LayerTypes) -> None:
 
 
 def cost(costs: list[Result], speeds: list[Result]) -> Section:
-    """Exact counts and timings, full and striped."""
+    """Exact counts and timings, with full attention and with stripes."""
     tables = []
     counts = [one for one in costs if one.metric in _METRICS]
     for (run, _, length), here in split(counts, lambda one: (one.run, one.model, one.length)).items():
@@ -114,7 +114,7 @@ def cost(costs: list[Result], speeds: list[Result]) -> Section:
 
 
 def _shares(column: Results, *, fewer: bool) -> Show:
-    """Show the numbers of a column with bars and, from the second on, the ratio to the first."""
+    """Show the numbers of a column with bars, and from the second on with their ratio to the first."""
     longest = max((one.value for one in column if one.value), default=0)
 
     def show(results: Results) -> Cell:

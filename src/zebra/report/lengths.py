@@ -1,4 +1,4 @@
-"""Scores by length, and RULER's effective length: how far a model can do what it does on short texts."""
+"""Scores by length, and RULER's effective length: the length up to which the scores stay above a threshold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from zebra.report.series import Series, labels, percent, series_of, task_name
 from zebra.results import Result
 
 THRESHOLD = 0.856
-"""RULER's (arXiv 2404.06654v3, table 3): the score of Llama-2-7B there at 4K tokens, a mean over 13 tasks."""
+"""RULER's threshold (arXiv 2404.06654v3, table 3): the score of Llama-2-7B at 4K tokens, a mean over 13 tasks."""
 HOW = (
     "Scores by the length of the text; for retrieval, the mean over depths. The effective length is the longest "
     f"measured length at which, as at all shorter ones, the score is above {percent(THRESHOLD)}, the dashed line. That "
@@ -37,13 +37,13 @@ def effective(scores: Mapping[int, float]) -> int | None:
 
 
 def score(results: Iterable[Result]) -> float:
-    """The mean over tasks of each one's mean."""
+    """The mean over tasks of each task's mean score."""
     means = [tasks.mean(here) for here in split(results, lambda one: one.task).values()]
     return sum(means) / len(means)
 
 
 def lengths(results: Iterable[Result]) -> Section:
-    """A figure and a table for each measure; of a single model all measures in one."""
+    """A figure and a table for each measure; for a single series one figure and table with all measures."""
     by_measure = measures(results)
     figures = {name: {label: by[one] for one, label in labels(by).items()} for name, by in by_measure.items()}
     series = {series for by_series in by_measure.values() for series in by_series}
@@ -61,7 +61,7 @@ def lengths(results: Iterable[Result]) -> Section:
 
 
 def measures(results: Iterable[Result]) -> dict[str, dict[Series, ByLength]]:
-    """What was scored at two lengths or more: each task, and before them the means over tasks of retrieval."""
+    """What was scored at two lengths or more: first the means over the tasks of retrieval, then each task."""
     by_name: dict[str, dict[Series, ByLength]] = defaultdict(dict)
     scored = [one for one in results if one.metric == "accuracy" and one.length is not None]
     retrieved = sorted((one for one in scored if one.task.startswith("retrieval-")), key=lambda one: one.task)
@@ -85,7 +85,7 @@ def _by_length(results: Iterable[Result]) -> ByLength:
 
 
 def _table(by_label: dict[str, ByLength]) -> Table:
-    """The effective length rests on all lengths up to it, and on the first that is too long."""
+    """A row for each label. The effective length links to the results up to it and at the first length that fails."""
     lines = []
     for label, by_length in by_label.items():
         reached = effective({length: score(here) for length, here in by_length.items()}) or 0

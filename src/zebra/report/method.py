@@ -1,4 +1,4 @@
-"""What the numbers of a page depend on, and the results that none of its sections shows."""
+"""What the numbers of a page depend on, and the results that no section of it shows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _INTERVALS = {
     "selection-": "of selections: 95 %, bootstrap over sequences, of the change from the source",
 }
 _MANY = 12
-"""Values of a fact that are shown."""
+"""The most values that are shown of one fact."""
 
 
 def others(results: list[Result]) -> Section:
-    """What no other section shows."""
+    """The results that no other section shows, as a plain table."""
     names = [name for name in COLUMNS if name not in ("device", "versions", "commit")]
     columns = [name for name in names if any(getattr(one, name) is not None for one in results)]
 
@@ -43,7 +43,7 @@ def others(results: list[Result]) -> Section:
 
 
 def method(results: Sequence[Result]) -> Section:
-    """All that a number depends on."""
+    """A table of what the numbers depend on: conventions, intervals, models, seeds, devices, versions, layers."""
     facts: dict[str, dict[str, None]] = defaultdict(dict)
     of_windows = {one.run for one in results if one.task == "compare-paired"}  # their perplexities are, too
     for one in results:

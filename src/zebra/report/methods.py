@@ -1,4 +1,4 @@
-"""Ways to read long texts side by side (`zebra compare`): tables, a picture, and the advice that follows from them."""
+"""Ways to read long texts side by side (`zebra compare`): tables, a figure, and the advice that follows from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _COSTS = (
 
 
 def methods(results: Iterable[Result]) -> Section:
-    """The table and the picture of each comparison."""
+    """The tables and the figure of each comparison."""
     blocks: list[str | Table | Figure] = []
     for i, here in enumerate(comparisons(results), start=1):
         compared = Methods(here)
@@ -48,7 +48,7 @@ def method_summaries(results: Iterable[Result]) -> list[Line]:
 
 
 def method_tables(results: Iterable[Result]) -> tuple[list[Table], list[str]]:
-    """The tables of one comparison, and the lines below them: what failed, and the advice."""
+    """The tables of one comparison, and the lines below them: layers left out of names, failures, and the advice."""
     (here,) = comparisons(results)
     compared = Methods(here)
     return [_table(compared), _cost_table(compared)], [
@@ -59,7 +59,7 @@ def method_tables(results: Iterable[Result]) -> tuple[list[Table], list[str]]:
 
 
 def _failures(results: Iterable[Result]) -> list[str]:
-    """A line for each method and reason: what it cannot do, and why."""
+    """A line for each method and reason: which parts failed, and why."""
     failed = [one for one in results if one.task.startswith("compare-failed-")]
     lines = []
     for (method, reason), here in split(failed, lambda one: (one.layout, one.metric)).items():
@@ -84,7 +84,7 @@ def _table(compared: Methods) -> Table:
 
 
 def _paired_table(compared: Methods) -> Table:
-    """How far each method is above the best one, with the intervals of the differences."""
+    """How far each method's perplexity is above the best one, with the intervals of the differences."""
     columns = [(Cell(_short(span)), partial(_above_best, span=span)) for span in compared.spans]
     lines = [([Cell(compared.names[series])], here) for series, here in compared.by_series.items()]
     return table("Perplexity above the best method's on the same tokens", [Cell("method")], lines, columns)
@@ -97,7 +97,7 @@ def _above_best(results: Results, span: Span) -> Cell:
 
 
 def _cost_table(compared: Methods) -> Table:
-    """What was measured, and beside it the plan for this machine."""
+    """The measured costs, and beside them those planned for this machine."""
     columns = []
     for head, unit, metric, size in _COSTS:
         columns.append((Cell(head, unit), partial(_value, metric=metric, size=size)))
@@ -108,7 +108,7 @@ def _cost_table(compared: Methods) -> Table:
 
 
 def _counts(compared: Methods) -> str:
-    """How much was measured."""
+    """The numbers of windows and questions that were measured."""
     scored = sum(one.n or 0 for one in compared.results(compared.baseline, "perplexity", compared.far))
     windows = round(scored / (compared.far[1] - compared.far[0]))
     samples = sum(one.n or 0 for one in compared.answers(compared.baseline))
@@ -142,7 +142,7 @@ def _value(results: Results, metric: str, size: float) -> Cell:
 
 
 def _panels(compared: Methods) -> Iterable[Callable[[Axes], None]]:
-    """Horizontal bars, a line for each method: perplexity at the far positions, answers, reading, cache."""
+    """Panels of horizontal bars, one for each method: perplexity at the last positions, answers, prefill, cache."""
     series = [*compared.by_series]
     names = [compared.names[one] for one in series]
     shares = [100 * compared.share(one) for one in series]
@@ -182,5 +182,5 @@ def _plot_bars(
     axes.grid(False)
     axes.spines[["bottom", "left"]].set_visible(False)
     axes.tick_params(length=0)
-    # In two lines, as long names leave narrow panels.
+    # In two lines, because long names leave the panels narrow.
     axes.set_title(title.replace(", ", ",\n", 1), loc="left", fontsize=8)

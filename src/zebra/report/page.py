@@ -1,4 +1,4 @@
-"""The parts of a page, and its two renderings: a self-contained HTML file, and Markdown with figures beside it."""
+"""The parts of a page, and its two renderings: self-contained HTML, and Markdown with figures in files beside it."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from zebra.report.series import number
 from zebra.results import COLUMNS, Result
 
 _FEW = 12
-"""Up to so many results behind a number are named with their values."""
+"""Up to this many results behind a number are listed with their values."""
 _FIRST = ("value", "metric", "task")
 _DESCRIBED = ("metric", "value", "low", "high", "length", "depth", "n")
-"""What a part of a figure says of its result."""
+"""The columns of a result that the tooltip in a figure shows."""
 
 
 class Cell(NamedTuple):
-    """A word or number, something dim beside it, the share of a bar under it, and the results that it rests on."""
+    """A text, a dimmed note beside it, the length of a bar under it, and the results from which the text comes."""
 
     text: str
     dim: str = ""
     share: float | None = None  # of the longest bar in its column
     results: Sequence[Result] = ()
-    dim_results: Sequence[Result] = ()  # where what is dim rests on others
+    dim_results: Sequence[Result] = ()  # where the note comes from other results
 
 
 @dataclass(frozen=True)
 class Table:
-    """Lines of cells under a head."""
+    """A head and rows of cells; `numeric` aligns all columns but the first to the right."""
 
     title: str
     head: list[Cell]
@@ -46,11 +46,11 @@ class Table:
 
 
 Line = Sequence[Cell]
-"""Prose with numbers in it."""
+"""A sentence with numbers in it."""
 
 
 class Section(NamedTuple):
-    """A heading and what stands under it; without blocks it is left out."""
+    """A heading and the blocks under it; a section without blocks is left out of the page."""
 
     title: str
     blocks: list[str | Table | Figure]
@@ -62,7 +62,7 @@ def figures_of(sections: Iterable[Section]) -> list[Figure]:
 
 
 class Chapter(NamedTuple):
-    """Results that another package presents on a page: their name in its title, their summary and their sections."""
+    """Results that another package presents on a page: a name for the page's title, a summary and sections."""
 
     name: str
     summary: Line
@@ -76,18 +76,18 @@ class Links:
     def __init__(self, results: Sequence[Result]) -> None:
         self.results = results
         self.several: dict[tuple[int, ...], int] = {}
-        """Places of results to the number of their list; whole once all numbers of the page are linked."""
+        """The number of each list, by the places of its results; complete once all numbers of the page are linked."""
         self._place = {id(result): i for i, result in enumerate(results, start=1)}
 
     def to(self, results: Iterable[Result]) -> str:
-        """The address of what a number rests on; empty where that is no result of the page."""
+        """The address of the results behind a number; empty where none of them is on the page."""
         places = tuple(sorted({self._place[id(result)] for result in results if id(result) in self._place}))
         if len(places) < 2:
             return f"#result-{places[0]}" if places else ""
         return f"#from-{self.several.setdefault(places, len(self.several) + 1)}"
 
     def named(self, places: tuple[int, ...]) -> list[tuple[int, int, str]]:
-        """The results behind a number: a few with their values, many as spans from first to last."""
+        """The results behind a number as (first, last, value): few one by one, many as ranges without a value."""
         if len(places) <= _FEW:
             return [(i, i, number(self.results[i - 1].value)) for i in places]
         spans = [[i for _, i in span] for _, span in groupby(enumerate(places), lambda at: at[1] - at[0])]
@@ -95,7 +95,7 @@ class Links:
 
 
 def result_columns(results: Sequence[Result]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Columns as text by name: those in which all results are alike, with their value, and the others."""
+    """Columns as text, by name: the value of each column in which all results agree, and all values of the others."""
     columns = {name.replace("_", " "): [plain(getattr(one, name)) for one in results] for name in (*_FIRST, *COLUMNS)}
     if any(result.origin for result in results):
         origins = [(result.origin or "").rpartition(":") for result in results]
@@ -106,7 +106,7 @@ def result_columns(results: Sequence[Result]) -> tuple[dict[str, str], dict[str,
 
 
 def html(title: str, summary: Sequence[Line], sections: list[Section], results: Sequence[Result] = ()) -> str:
-    """The page as one HTML file that needs no other, at its end the results that its numbers link to."""
+    """Render the page as self-contained HTML; at its end are the results that its numbers link to."""
     pages = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -126,7 +126,7 @@ def html(title: str, summary: Sequence[Line], sections: list[Section], results: 
 
 
 def _linked_svg(figure: Figure, links: Links) -> Markup:
-    """The figure's element, where its parts link to results, and with a description."""
+    """The figure's SVG element, with links to results, their tooltips and a description."""
 
     def link(place: re.Match[str]) -> str:
         result = figure.results[int(place[1])]
@@ -135,12 +135,12 @@ def _linked_svg(figure: Figure, links: Links) -> Markup:
         return f'<a href="{links.to([result])}"><title>{escape(text)}</title>'
 
     svg = re.sub(r'<a href="@(\d+)">', link, figure.svg)
-    role = "group" if "<a " in svg else "img"  # what stands inside an image cannot be reached
+    role = "group" if "<a " in svg else "img"  # screen readers do not reach links inside an image
     return Markup(svg.replace("<svg", f'<svg role="{role}" aria-label="{escape(figure.caption)}"', 1))
 
 
 def markdown(stem: str, title: str, summary: Sequence[Line], sections: list[Section]) -> str:
-    """The page as Markdown without its list of results, its figures the files `<stem>-<name>.svg`."""
+    """Render the page as Markdown without the list of results; its figures are the files `<stem>-<name>.svg`."""
     lines = ["".join(cell.text for cell in line).strip() for line in summary]
     blocks = [f"# {_escaped(title)}", *(f"**{_escaped(line)}**" for line in lines)]
     for section in sections:
@@ -160,7 +160,7 @@ def markdown(stem: str, title: str, summary: Sequence[Line], sections: list[Sect
 
 
 def _escaped(text: str) -> str:
-    """Text as Markdown shows it unchanged, on one line."""
+    """Escape text so that Markdown shows it unchanged, on one line."""
     return re.sub(r"([\\`*_\[\]|~#$])", r"\\\1", markup.escape(text.replace("\n", " "), quote=False))
 
 

@@ -1,4 +1,4 @@
-"""Perplexity on a page: by position after training and during it, and in a sentence what training changed."""
+"""Perplexity on a page: by position, after and during training, and a sentence on what training changed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MANY = 4
 
 
 def positions(results: list[Result]) -> Section:
-    """Perplexity by position: a figure for each task and length, a table for each run of it."""
+    """Perplexity by position: a figure for each task and length, and a table for each run with these."""
     blocks: list[str | Table | Figure] = [HOW]
     groups = split(results, lambda one: (one.task, one.length)).values()
     for i, group in enumerate((group for group in groups if len(buckets(group)) > 1), start=1):
@@ -48,12 +48,12 @@ def _contexts(one: Result) -> str:
 
 
 def convention(task: str) -> str:
-    """How perplexity was measured; of another task its name."""
+    """The convention of a perplexity task (`disjoint`, `strided-bos`); of any other task its name."""
     return task.removeprefix("perplexity-")
 
 
 def _table(results: list[Result]) -> Table:
-    """A column for each series, after that of a trained one a column of its change, and last the tokens."""
+    """A column for each series, followed by its change from the source if it is trained; last the scored tokens."""
     columns = []
     every = split(results, series_of)
     layouts = short_layouts(one.layout for one in every)
@@ -81,13 +81,17 @@ def _change(results: Results, before: Series, after: Series) -> Cell:
 
 
 def _tokens_scored(results: Results) -> Cell:
-    """How many tokens; of results with the same count, the first is linked."""
+    """The numbers of scored tokens; each links to the first result that has it."""
     counts = split((one for one in results if one.n is not None), lambda one: one.n)
     return Cell(" / ".join(f"{n:,}" for n in counts) or "–", results=[same[0] for same in counts.values()])
 
 
 def training(losses: list[Result], during: list[Result], outside: list[Result]) -> Section:
-    """The loss, and the perplexities during training; those before it are among the ones outside."""
+    """The training loss, and perplexity during training.
+
+    Args:
+        outside: perplexities that were not measured during training; those of the source become step 0.
+    """
     blocks: list[str | Table | Figure] = []
     if losses:
         caption = "Training loss (nats per token) against the tokens trained on"
@@ -116,7 +120,7 @@ def training(losses: list[Result], during: list[Result], outside: list[Result]) 
 
 
 def position_summary(run: str, results: list[Result], costs: list[Result]) -> list[Cell]:
-    """What training changed at the far positions and at the near ones, and the share of full attention that is left."""
+    """In words, what training changed at the last and the first positions, and what share of full attention is left."""
     groups = split((one for one in results if one.run == run), lambda one: (one.task, one.length or 0))
     words = _perplexity(groups[max(groups, key=lambda key: key[1])]) if groups else []
     pairs = {one.layout: one for one in costs if (one.run, one.metric) == (run, "attention_pairs") and one.value}
@@ -129,7 +133,7 @@ def position_summary(run: str, results: list[Result], costs: list[Result]) -> li
 
 
 def _perplexity(results: list[Result]) -> list[Cell]:
-    """The change from the source to the trained model; without them the values of all, of many the best and worst."""
+    """The change from source to trained model; without these the values of all models, of many the best and worst."""
     parts = buckets(results)
     scores = {(series_of(one), span_of(one)): one for one in results}
     every = split(results, series_of)

@@ -1,4 +1,4 @@
-"""Tables of results: each line has some of the results, and each column shows something of them."""
+"""Tables of results: each row has some of the results, and each column shows one property of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from zebra.results import Result
 Key = TypeVar("Key", bound=Hashable)
 Results = Sequence[Result]
 Show = Callable[[Results], Cell]
-"""What a cell shows of results, of which there may be none."""
+"""Makes a cell from results; there may be none."""
 
 
 def split(results: Iterable[Result], key: Callable[[Result], Key]) -> dict[Key, list[Result]]:
-    """Results by a key, the keys in the order of their first results."""
+    """Group results by a key, with the keys in the order of their first results."""
     groups: dict[Key, list[Result]] = {}
     for result in results:
         groups.setdefault(key(result), []).append(result)
@@ -30,12 +30,12 @@ def table(
     lines: Iterable[tuple[Sequence[Cell], Results]],
     columns: Iterable[tuple[Cell, Show]],
 ) -> Table:
-    """A table with a line for each group of results.
+    """A table with a row for each group of results.
 
     Args:
-        corner: the heads of the cells that name a line.
-        lines: of each line the cells that name it, and its results.
-        columns: of each column its head, and what it shows of a line's results.
+        corner: the heads of the columns that name the rows.
+        lines: for each row the cells that name it, and its results.
+        columns: for each column its head, and the function that makes its cells.
     """
     columns = list(columns)
     body = [[*names, *(show(results) for _, show in columns)] for names, results in lines]
@@ -43,14 +43,14 @@ def table(
 
 
 def where(show: Show, **columns: Any) -> Show:
-    """Show only the results with these values in these columns."""
+    """Restrict `show` to the results with these values in these columns."""
     return lambda results: show(
         [one for one in results if all(getattr(one, name) == value for name, value in columns.items())]
     )
 
 
 def value_cell(results: Results, text: Callable[[float], str] = number) -> Cell:
-    """The value of a result, the last of several; a dash without a result."""
+    """The value of a result, or of the last one of several; a dash without results."""
     return Cell(text(results[-1].value), results=[results[-1]]) if results else Cell("–")
 
 
@@ -63,7 +63,7 @@ def interval_cell(
     """A value with its interval beside it.
 
     Args:
-        bound: the text of the interval's ends; as the value's where None.
+        bound: formats the bounds of the interval; `text` does if None.
     """
     bounds = (interval(results[-1]) if results else None) or ()
     return value_cell(results, text)._replace(dim=between.join(map(bound or text, bounds)))

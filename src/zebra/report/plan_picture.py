@@ -1,4 +1,4 @@
-"""The picture of a plan: attention, cache and time over the length, a line for each layout."""
+"""The figure of a plan: attention, KV cache and time over the length, a line for each layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Curves = Mapping[str, Mapping[str, list[float]]]
 
 
 def write_picture(path: Path, curves: Curves, *, phase: str, device: str) -> None:
-    """Write the panels as an SVG file.
+    """Write the three panels as an SVG file.
 
     Args:
         curves: for each layout the lists `length`, `attention` (FLOPs), `kv` (bytes) and `seconds`; full first.
@@ -40,11 +40,11 @@ def write_picture(path: Path, curves: Curves, *, phase: str, device: str) -> Non
 
 
 def _plot(axes: Axes, curves: Curves, name: str, title: str, unit: str) -> None:
-    """A curve for each layout; in the corner, how many times less the second costs at the right end."""
+    """A curve for each layout; in the corner, how many times less the second one costs at the right end."""
     hues = itertools.cycle(HUES)
     for layer, (layout, curve) in enumerate(curves.items(), start=2):
         color = INK if layout == "full" else next(hues)
-        style = (0, (1, 1.2)) if "Self-Extend" in layout else "-"  # it lies upon its base
+        style = (0, (1, 1.2)) if "Self-Extend" in layout else "-"  # dotted: it covers the curve without Self-Extend
         axes.plot(curve["length"], curve[name], color=color, linestyle=style, marker="", label=layout, zorder=layer)
     full, striped = (curve[name][-1] for curve in list(curves.values())[:2])
     if full > 1.05 * striped:

@@ -1,4 +1,4 @@
-"""Retrieval on a page as heat maps and tables, length across and depth down."""
+"""Retrieval on a page as heat maps and tables: a column for each length, a row for each depth."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ HOW = (
     "every wrong answer (guessing finds one in ten). Each share has its 95 % interval."
 )
 _CELLS = 11
-"""Cells that fill the width of a page."""
+"""The number of cells across that fills a page."""
 _MOST_CELLS = 30
-"""Above so many cells across they have no numbers."""
+"""With more cells across than this, the cells have no numbers."""
 _HOT = 0.85
-"""Above this share a number is dark, whatever the colour of the page."""
+"""Above this share the number in a cell is dark in dark mode too."""
 
 
 def retrieval(results: list[Result]) -> Section:
@@ -40,7 +40,7 @@ def retrieval(results: list[Result]) -> Section:
 
 
 def _common(results: Iterable[Result]) -> str:
-    """The run and model of a figure, where it has one."""
+    """The run and model of a figure, if all results share them."""
     names = {f"; {series.run}: {series.name}" for series in map(series_of, results)}
     return names.pop() if len(names) == 1 else ""
 
@@ -56,7 +56,7 @@ def _depths(results: Iterable[Result]) -> dict[float | None, str]:
 
 
 def _table(results: list[Result]) -> Table:
-    """The models and layouts one after another."""
+    """A row for each depth, one model and layout after another."""
     names = labels(map(series_of, results))
     show = partial(interval_cell, text=partial(percent, decimals=0), bound=lambda bound: f"{100 * bound:.0f}")
     lines = []
@@ -72,7 +72,7 @@ def _table(results: list[Result]) -> Table:
 
 
 def _heat_maps(figure: str, caption: str, results: list[Result]) -> Figure:
-    """A panel for each series, as many beside each other as have room; each cell links to its result."""
+    """A panel for each series, as many in a row as fit; each cell links to its result."""
     panels = split(results, series_of)
     columns = max(len(_lengths(here)) for here in panels.values())
     lines = max(len(_depths(here)) for here in panels.values())

@@ -1,4 +1,4 @@
-"""Layer selections on a page: what each layer is needed for, and what the choice is worth on held-out sequences."""
+"""Layer selections on a page: how much the loss needs each layer, and how good the choice is on held-out sequences."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LayerSelection(NamedTuple):
     Attributes:
         depth: the number of layers.
         budget: how many of them stay global.
-        results: by what was measured ("source", "candidate", or the order of a held-out layout) and metric.
+        results: by what was measured ("source", "candidate", or for a held-out layout its key in `_ORDERS`) and metric.
     """
 
     depth: int
@@ -61,7 +61,7 @@ class LayerSelection(NamedTuple):
 
     @property
     def needs(self) -> dict[int, Result]:
-        """For each of the source's global layers the candidate in which it alone became local."""
+        """For each global layer of the source, the result with only that layer made local."""
         before = _letters(self.results["source", "loss"][0].layout, self.depth)
         needs = {}
         for one in self.results["candidate", "rise"]:
@@ -73,18 +73,18 @@ class LayerSelection(NamedTuple):
 
     @property
     def held_out(self) -> dict[str, list[Result]]:
-        """By order what its layouts add to the loss of the held-out sequences; what was asked for first."""
+        """What layouts add to the held-out loss, by how they were chosen; the selection that was asked for is first."""
         return {order: here for order in _ORDERS if (here := self.results.get((order, "held_out_rise")))}
 
     @property
     def chosen(self) -> dict[str, str]:
-        """The layout of each order of measured selection, a letter for each layer."""
+        """The layouts of greedy and one-shot selection, a letter for each layer."""
         orders = [order for order in ("greedy", "once") if order in self.held_out]
         return {order: _letters(self.held_out[order][0].layout, self.depth) for order in orders}
 
     @property
     def compared(self) -> tuple[Result, Result]:
-        """On the held-out sequences, what was chosen and the stride that loses the least."""
+        """The held-out results of the chosen layout and of the best stride."""
         return self.held_out[next(iter(self.chosen))][0], min(self.held_out["stride"], key=lambda one: one.value)
 
 
@@ -94,7 +94,7 @@ def _letters(layout: str, depth: int) -> str:
 
 
 def _selections(results: list[Result]) -> list[LayerSelection]:
-    """One for each number of layers that was asked for; a stride belongs to the least number that it meets."""
+    """One selection per budget; a stride belongs to the smallest budget that has at least its global layers."""
     selections = []
     groups = split(results, lambda one: (one.run, one.model, one.task.split("-", 2)[2], one.length, str(one.seed)))
     for group in groups.values():
@@ -137,7 +137,7 @@ def selection(results: list[Result]) -> Section:
 
 
 def selection_summaries(results: list[Result]) -> list[list[Cell]]:
-    """A line for each selection: what its layout loses on held-out sequences, and the best stride of the paper's."""
+    """A line for each selection: what its layout adds to the held-out loss, and what the paper's best stride adds."""
     lines = []
     for one in _selections(results):
         chosen, best = one.compared
@@ -149,7 +149,7 @@ def selection_summaries(results: list[Result]) -> list[list[Cell]]:
 
 
 def better_strides(results: list[Result]) -> list[str]:
-    """A warning for each selection whose layout a stride of the paper's beats on the held-out sequences."""
+    """A warning for each selection whose layout is worse than a stride of the paper on the held-out sequences."""
     pairs = (one.compared for one in _selections(results))
     return [
         f"on held-out sequences the stride {best.layout} loses less than {chosen.layout}: {best.value:+.4f} against "
@@ -160,7 +160,7 @@ def better_strides(results: list[Result]) -> list[str]:
 
 
 def incomplete(results: list[Result]) -> list[Result]:
-    """Results of selections that are not complete, which no figure shows."""
+    """Results of incomplete selections, which no figure shows."""
     shown = {id(one) for selection in _selections(results) for same in selection.results.values() for one in same}
     return [one for one in results if id(one) not in shown]
 

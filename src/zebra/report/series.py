@@ -1,4 +1,4 @@
-"""Results as a page groups them: by kind, by series (run, model, layout) and by span of positions; numbers as text."""
+"""How a page groups results (by kind, by series of run, model and layout, by span of positions) and formats numbers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from zebra.stripes import Stripes
 
 FULL = "full"
 _KINDS = {"bench ": "bench", "compare-": "comparison", "harness-": "task", "documents-": "task"}
-"""Of tasks that begin so, whatever their metric."""
+"""The kind of all results whose task has this prefix, whatever their metric."""
 _SEVERAL = re.compile(r"\b(\d+)(?:,\d+){3,},(\d+)(?=:)")
-"""The layers of a layout that names five or more."""
+"""The list of layers of a layout that names at least five."""
 _SHORT = r"\1, … \2"
 Span = tuple[int, int]
 
 
 class Series(NamedTuple):
-    """What one line or column shows: a model under a layout, in a run."""
+    """A model with a layout in a run: what one line of a figure or one column of a table shows."""
 
     run: str
     model: str
@@ -30,42 +30,42 @@ class Series(NamedTuple):
 
     @property
     def trained(self) -> bool:
-        """Whether the model is the output of some run: `<run>/model`."""
+        """Whether the model is the output of a run: `<run>/model`."""
         path = PurePath(self.model)
         return path.name == "model" and bool(path.parent.name)
 
     @property
     def is_output(self) -> bool:
-        """Whether its own run trained the model; a run may also measure the output of an earlier one."""
+        """Whether the model is the output of this run; a run may also measure the output of an earlier one."""
         return self.trained and self.run.partition(" (")[0] == PurePath(self.model).parent.name
 
     @property
     def name(self) -> str:
-        """The model's name for people."""
+        """The model's name as readers see it."""
         path = PurePath(self.model)
         return f"{path.parent.name} (trained)" if self.trained else path.name or self.model
 
 
 def series_of(result: Result) -> Series:
-    """The line or column that a result belongs to."""
+    """The series of a result."""
     return Series(result.run, result.model, result.layout)
 
 
 def trained_series(candidates: Iterable[Series]) -> Series | None:
-    """Among the series of a run its output, else the first output of another run."""
+    """The first series that its own run trained, else the first output of another run, else None."""
     trained = [series for series in candidates if series.trained]
     return next((series for series in trained if series.is_output), trained[0] if trained else None)
 
 
 def source_of(series: Series, candidates: Iterable[Series]) -> Series | None:
-    """What a trained checkpoint was trained from: the first model that its run measured; None if there is none."""
+    """What a trained checkpoint was trained from: the first other model that its run measured; None without one."""
     others = (other for other in candidates if other.run == series.run and not other.is_output)
     first = next((other for other in others if series.is_output or not other.trained), None)
     return first if series.trained and series != first else None
 
 
 def stripes_of(layout: str) -> Stripes:
-    """The stripes of a result's layout; with global layers alone for `full`.
+    """The stripes of a result's layout; for `full` only global layers.
 
     Raises:
         ZebraError: another notation, such as that of the study.
@@ -74,19 +74,19 @@ def stripes_of(layout: str) -> Stripes:
 
 
 def short_layouts(layouts: Iterable[str]) -> dict[str, str]:
-    """Layouts as tables and figures name them, `7, … 26:1024` for `7,13,14,15,26:1024`; all in full where two meet."""
+    """Short names of layouts, `7, … 26:1024` for `7,13,14,15,26:1024`; the full names where two would be equal."""
     short = {layout: _SEVERAL.sub(_SHORT, layout) for layout in layouts}
     return short if len(set(short.values())) == len(short) else {layout: layout for layout in short}
 
 
 def layer_lists(layouts: Iterable[str]) -> list[str]:
-    """The layers that `short_layouts` leaves out, `7, … 26: 7,13,14,15,26`."""
+    """The lists of layers that `short_layouts` shortens: `7, … 26: 7,13,14,15,26`."""
     lists = dict.fromkeys(layers[0] for layout in layouts for layers in _SEVERAL.finditer(layout))
     return [f"{_SEVERAL.sub(_SHORT, f'{layers}:')} {layers}" for layers in lists]
 
 
 def labels(series: Iterable[Series]) -> dict[Series, str]:
-    """Names for the series of one figure or table: of run, model and layout those that tell them apart."""
+    """Labels for the series of one figure or table: of run, model and layout what tells them apart."""
     series = list(series)
     layouts = short_layouts(one.layout for one in series)
     runs, names = ({getattr(one, column) for one in series} for column in ("run", "name"))
@@ -102,10 +102,10 @@ def labels(series: Iterable[Series]) -> dict[Series, str]:
 
 
 def by_kind(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Results by the section that shows them.
+    """Results by kind: the section that shows them.
 
-    Of two results that differ in value, count or seed only, the second is of the kind "other"; one that repeats the
-    first is left out.
+    Of two results that differ only in value, count or seed, the second is of the kind "other"; an exact repetition is
+    left out.
     """
     kinds: dict[str, list[Result]] = defaultdict(list)
     seen: dict[tuple[object, ...], Result] = {}
@@ -142,7 +142,7 @@ def _kind(one: Result) -> str:
 
 
 def task_name(task: str) -> str:
-    """A task's name for people: `needle in own text, by generation` for `retrieval-generate-needle-in-text`."""
+    """A task's name as readers see it: `needle in own text, by generation` for `retrieval-generate-needle-in-text`."""
     if task.startswith("documents-check-"):
         return f"the data of {task.removeprefix('documents-check-')}"
     kind, _, rest = task.partition("-")
@@ -157,40 +157,40 @@ def task_name(task: str) -> str:
 
 
 def step(result: Result) -> int | None:
-    """The step of a result that was measured during training, whose model is named `<run>@<step>`."""
+    """The step of a result that was measured during training (its model is `<run>@<step>`); None for any other."""
     step = result.model.rpartition("@")[2]
     return int(step) if "@" in result.model and step.isdecimal() else None
 
 
 def span_of(result: Result) -> Span:
-    """The positions that were scored."""
+    """The span of positions that a result covers."""
     return result.position_from or 0, result.position_to or 0
 
 
 def spans(results: Iterable[Result]) -> list[Span]:
-    """The spans of results of one context length, in order, and last that of the whole context."""
+    """The spans of results of one context length, in order; the whole context is last."""
     return [span for _, span in sorted({(span_of(one) == (0, one.length), span_of(one)) for one in results})]
 
 
 def buckets(results: Iterable[Result]) -> list[Span]:
-    """The spans without the whole context, unless that is the only one."""
+    """The spans without the whole context, unless it is the only one."""
     results = list(results)
     return spans(one for one in results if span_of(one) != (0, one.length)) or spans(results)
 
 
 def interval(result: Result) -> tuple[float, float] | None:
-    """The bounds of a result, where it has both."""
+    """The bounds of a result's interval; None without both."""
     return None if result.low is None or result.high is None else (result.low, result.high)
 
 
 def overlap(one: Result, other: Result) -> bool:
-    """Whether two results have intervals, and these overlap."""
+    """Whether two results both have intervals that overlap."""
     a, b = interval(one), interval(other)
     return a is not None and b is not None and a[0] <= b[1] and b[0] <= a[1]
 
 
 def number(value: float) -> str:
-    """A value with about three digits; a count, which is an int, with all."""
+    """Format a number: an int in full, a float with two decimals below 100, one below 1,000 and none from there on."""
     if not math.isfinite(value):
         return str(value)
     size = abs(value)
@@ -204,20 +204,20 @@ def number(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A whole number with separators of thousands."""
+    """Format a value as an integer with thousands separators."""
     return f"{value:,.0f}" if math.isfinite(value) else str(value)
 
 
 def short_count(n: int) -> str:
-    """A count of tokens, `8K` for a whole multiple of 1,024."""
+    """Format a count of tokens; a multiple of 1,024 as `8K`."""
     return f"{n // 1024}K" if n and n % 1024 == 0 else f"{n:,}"
 
 
 def percent(share: float, decimals: int = 1, sign: str = "") -> str:
-    """A share in percent."""
+    """Format a share in percent."""
     return f"{100 * share:{sign}.{decimals}f}\N{NO-BREAK SPACE}%".replace("-", "−")
 
 
 def span_name(span: Span, to: str = "–") -> str:
-    """A span of positions."""
+    """Format a span of positions."""
     return f"{span[0]:,}{to}{span[1]:,}"

@@ -1,4 +1,4 @@
-"""Tasks of the harness and questions about documents on a page: a line for each metric, length across."""
+"""Tasks of lm-evaluation-harness and questions about documents on a page: rows are metrics, columns lengths."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def _table(results: list[Result]) -> Table:
 
 
 def is_share(result: Result) -> bool:
-    """Whether a result's value is a share, which is shown in percent."""
+    """Whether a result's value is a share, to be shown in percent."""
     return result.task.startswith(_CHECK) or result.metric.partition(" ")[0] in _PERCENT_METRICS
 
 
 def mean(results: Results) -> float:
-    """The mean value."""
+    """The mean value of results."""
     return results[0].value if len(results) == 1 else sum(one.value for one in results) / len(results)
 
 
 def mean_cell(results: Results) -> Cell:
-    """The mean of results, in percent where they are shares; of a single one, with its interval."""
+    """The mean of results, in percent where they are shares; a single result with its interval."""
     if not results:
         return Cell("–")
     text = percent if is_share(results[0]) else number
