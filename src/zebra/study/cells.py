@@ -1,4 +1,4 @@
-"""The cells of a grid of trainings from scratch, and the recipe of each."""
+"""The cells of a grid of training runs from scratch, and the recipe of each."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from zebra.train.recipe_file import checked
 CELL_KEYS = ("run", "model.attention_kinds", "model.position_embedding", "model.sliding_window", "model.summary_block",
              "train.length", "train.per_device_train_batch_size", "train.seed", "evaluate.length",
              "evaluate.beyond")  # fmt: skip
-"""The keys of a recipe that the cells of a grid differ in."""
+"""The keys of a recipe in which the cells of a grid differ."""
 
 
 class GridCell(NamedTuple):
-    """One model of a grid; None for an axis that does not concern it."""
+    """One model of a grid; an axis that does not apply to it is None."""
 
     attention: str
     position: str
@@ -33,17 +33,17 @@ class GridCell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its directory, and the run of its results: `grouped-4-rotary-w32-512-seed0`."""
+        """The name of its directory, and of the run in its results: `grouped-4-rotary-w32-512-seed0`."""
         parts = [self.attention, self.group, self.position, self.window and f"w{self.window}"]
         parts += [self.block and f"b{self.block}", self.length, f"seed{self.seed}"]
         return "-".join(str(part) for part in parts if part is not None)
 
 
 def cells_of(grid: StudyRecipe) -> list[GridCell]:
-    """The cells in their order, each once.
+    """The cells in the order of the recipe, each once.
 
     Raises:
-        ZebraError: a recipe without a length or a window that an axis leaves to it.
+        ZebraError: a length or a window that neither an axis nor the recipe gives.
     """
     model, train = grid.recipe["model"], grid.recipe.get("train") or {}
     cells: dict[GridCell, None] = {}
@@ -67,10 +67,10 @@ def cells_of(grid: StudyRecipe) -> list[GridCell]:
 
 
 def recipes_of(grid: StudyRecipe) -> list[PretrainRecipe]:
-    """A recipe for each cell. A step of each has the same number of tokens, so that lengths differ in nothing else.
+    """Build the recipe of each cell. Steps have the same number of tokens at all lengths, so only the length differs.
 
     Raises:
-        ZebraError: a recipe or a model that cannot be built, with the cell's name.
+        ZebraError: a recipe or a model that cannot be built; the error names the cell.
     """
     recipes = []
     for cell in cells_of(grid):

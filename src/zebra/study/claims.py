@@ -1,7 +1,7 @@
-"""The paper's qualitative claims as a checklist, each compared with the results by a rule that is written beside it.
+"""The paper's qualitative claims as a checklist, each checked against the results by a rule stated beside it.
 
-The claims are recalled, not read in the paper (arXiv 2312.08618, section 3). A difference is one of loss; it is shown
-as a change of perplexity in percent, with its 95 % interval. A missing cell leaves its claim untested.
+The claims are recalled, not read in the paper (arXiv 2312.08618, section 3). Differences are of loss, and are shown as
+changes of perplexity in percent with their 95 % intervals. A claim is untested where a cell is missing.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ METHOD = (
     "seeds, not other texts, and are not corrected for their number: a true claim of k comparisons is rejected by "
     "chance in at most 2.5 k of 100 studies.",
 )
-"""How the checklist is to be read, in paragraphs."""
+"""How to read the checklist, in paragraphs."""
 
 
 def claims(study: Study) -> list[Claim]:
-    """All claims, in the order of the page; that about Self-Extend where a cell was read with it."""
+    """All claims, in the order of the page; the one about Self-Extend only where a cell was evaluated with it."""
     checked = []
     for rule in _RULES:
         if rule.check is _self_extend_carries and not study.uses_self_extend:
@@ -58,7 +58,7 @@ def claims(study: Study) -> list[Claim]:
 
 
 def _all(*holds: bool | None) -> bool | None:
-    """False where one part fails, None where one is open or there is none."""
+    """False if any part fails; else None if any is open or there are none; else True."""
     return False if False in holds else None if None in holds or not holds else True
 
 
@@ -196,7 +196,7 @@ def _length_matters_more(claim: Claim, study: Study) -> bool | None:
 
 
 class _Rule(NamedTuple):
-    """A claim, the rule that it holds by, the function that checks it, and what is said of it in `Claim`."""
+    """A claim, the rule by which it holds, the function that checks it, and two fields of `Claim`."""
 
     claim: str
     holds_where: str

@@ -1,4 +1,4 @@
-"""What a claim about a study rests on: comparisons of two cells by a rule, each with its interval, and the verdict."""
+"""The evidence for a claim about a study: comparisons of two cells by a rule, with intervals, and the verdict."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from zebra.study.spread import Difference, Losses, Scores, half_width, loss_diff
 
 HOLDS, FAILS, UNTESTED = "holds", "does not hold", "not tested here"
 BEATS, AS_GOOD = 0.0, 0.02
-"""The limits of rules: the largest loss of one cell above another's, in nats per token; 0.02 is 2 % of perplexity."""
+"""The limits of rules: how far one cell's loss may be above another's, in nats per token; 0.02 is 2 % of perplexity."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Two things that were compared, each with its number, the change, and whether it supports the claim.
+    """A comparison of two things, each with its number, the change, and whether it supports the claim.
 
     Attributes:
-        gates: whether it says only that the claim can be tested, or is part of another comparison.
-        difference: what the interval is of, and `limit` the rule's; None where there is no interval.
+        compared: the name and the number of each of the two.
+        gates: whether it only says that the claim can be tested, or is part of another comparison.
+        difference: the difference of the losses with its interval; None where there is no interval.
+        limit: the limit of the rule for `difference`.
     """
 
     compared: Sequence[tuple[str, str]]
@@ -37,26 +39,26 @@ class Evidence:
 
     @property
     def distance(self) -> float:
-        """How far the limit lies outside the interval, in nats; inf where there is none, negative where inside."""
+        """How far the limit lies outside the interval, in nats: negative if inside, inf without an interval."""
         if self.difference is None:
             return math.inf
         return max(self.limit - self.difference.high, self.difference.low - self.limit)
 
     @property
     def seeds(self) -> int | None:
-        """The seeds of each cell that would decide; None where it is decided, or where 30 would not."""
+        """How many seeds per cell would decide the comparison; None if it is decided, or if 30 would not do."""
         return None if self.difference is None else seeds_to_decide(self.difference, self.limit)
 
 
 def within(difference: Difference, limit: float) -> bool | None:
-    """Whether a difference is at most a limit; None where the interval leaves it open."""
+    """Whether a difference is at most a limit; None where the interval includes both outcomes."""
     return True if difference.high <= limit else False if difference.low > limit else None
 
 
 def seeds_to_decide(difference: Difference, limit: float) -> int | None:
-    """How many seeds would leave the limit outside Student's t interval, if mean and deviation stayed as they are.
+    """How many seeds would put the limit outside Student's t interval, with the present mean and deviation.
 
-    None where it is outside, and where 30 seeds would not do.
+    None if it is outside already, or if 30 seeds would not do.
     """
     if within(difference, limit) is not None:
         return None
@@ -69,7 +71,7 @@ class Claim:
 
     Attributes:
         in_paper: whether the Zebra paper makes it.
-        of_text_alone: whether it says nothing of recall, where it is not tested.
+        of_text_alone: whether it is about text only, so that it is not tested on recall.
     """
 
     text: str
@@ -81,12 +83,12 @@ class Claim:
 
     @property
     def results(self) -> list[Result]:
-        """What it rests on, each result once."""
+        """The results behind its evidence, each once."""
         return list({id(one): one for part in self.evidence for one in part.results}.values())
 
     @property
     def deciding(self) -> Evidence | None:
-        """The comparison that the verdict rests on: the surest failure, else the least sure of all."""
+        """The comparison that decides the verdict: the clearest failure, or without one the least clear comparison."""
         outcome = {HOLDS: True, FAILS: False, UNTESTED: None}[self.verdict]
         own = [part for part in self.evidence if not part.gates]
         parts = [part for part in own if part.holds is outcome] or own
@@ -97,7 +99,7 @@ class Claim:
         self, study: Study, one: StudyCell | None, limit: float, other: StudyCell | None, span: Span | None = None,
         at: int | None = None, gates: bool = False,
     ) -> bool | None:  # fmt: skip
-        """Compare two cells by a rule's limit, at a span of a context (by default the second cell's whole length)."""
+        """Compare two cells by a rule's limit, at a span of a context; by default at all of the second's length."""
         if one is None or other is None:
             return None
         context = at or other.length
@@ -114,7 +116,7 @@ class Claim:
         where: str,
         gates: bool = False,
     ) -> bool | None:
-        """Compare two named scores by a rule's limit, beside the losses of all cells."""
+        """Compare two named scores by a rule's limit; `of_all`, the losses of all cells, show the noise of seeds."""
         names, of_two = zip(*scores, strict=True)
         first, second = shared(*of_two)
         if not first or not second:
@@ -131,27 +133,27 @@ class Claim:
 
 
 def mean_text(scores: Scores) -> str:
-    """A mean over seeds, with the deviation where there are several."""
+    """The mean over seeds as text, with the deviation where there are several."""
     of = spread(scores)
     return number(of.mean) + (f" ± {number(of.deviation)}" if of.deviation is not None else "")
 
 
 def shared(a: Scores, b: Scores) -> tuple[Scores, Scores]:
-    """The scores of the seeds that both have; all where there are none."""
+    """The scores of the seeds that both have; all scores where they share no seed."""
     both = [seed for seed in a if seed in b]
     return ({seed: a[seed] for seed in both}, {seed: b[seed] for seed in both}) if both else (a, b)
 
 
 def results_of(*scores: Scores) -> list[Result]:
-    """The results of all seeds."""
+    """The results of all seeds in some scores."""
     return [result for by_seed in scores for result in by_seed.values()]
 
 
 def place(span: Span, context: int) -> str:
-    """A bucket of positions and its context, for people."""
+    """A bucket of positions and its context as text."""
     return f"{span_name(span)} of {context:,}"
 
 
 def change_text(nats: float) -> str:
-    """A difference of losses as a change of perplexity."""
+    """A difference of losses as a change of perplexity in percent."""
     return percent(math.expm1(min(nats, 50.0)), sign="+")

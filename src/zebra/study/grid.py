@@ -1,13 +1,13 @@
-"""A grid of trainings from scratch: attention kinds × position embeddings × lengths, as one command.
+"""A grid of training runs from scratch (attention kinds × position embeddings × lengths) as one command.
 
 run/tokenizer/            trained once on the grid's text unless the recipe names one; all cells share it
-run/cells/<name>.yaml     a cell: a recipe of `zebra pretrain`, which can be run alone
+run/cells/<name>.yaml     a cell: a recipe of `zebra pretrain`, which can also be run alone
 run/cells/<name>.log      what its process printed
-run/cells/<name>/         its directory (zebra.train.pretrain)
-run/results.jsonl         the results of all finished cells, in the grid's order; those that left the grid come last
+run/cells/<name>/         its run directory (zebra.train.run)
+run/results.jsonl         the results of all finished cells, in the grid's order; cells no longer in the grid come last
 
-Each cell has a process of its own. A finished cell is not run again, a killed one resumes, and one that fails leaves
-the others alone.
+Each cell has a process of its own. A finished cell is not run again, a killed one resumes, and one that fails does not
+stop the others.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
 from zebra.train.trainer import check_machine
 
 ORIGIN = "origin.yaml"
-"""The settings and the data that a grid's tokenizer was trained by; beside it."""
+"""The file beside a grid's tokenizer with the settings and the data that it was trained on."""
 
 
 def study(grid: StudyRecipe | str | os.PathLike[str], workers: int = 1) -> list[Result]:
-    """Run the cells that are not finished, `workers` at a time, and return the results of all.
+    """Run the cells that are not finished, `workers` at a time, and return the results of all cells.
 
-    On a machine with GPUs worker i sees GPU i; on a CPU the workers share the cores.
+    With several GPUs, worker i uses GPU i modulo their number; on a CPU the workers share the cores.
 
     Raises:
-        ZebraError: as `read_recipe`; before any work, a contradiction in any cell, no text or no such machine, a cell's
-            directory of another recipe; at the end, cells that failed, when all others are finished.
+        ZebraError: what `read_recipe` raises; before any work, a contradiction in any cell, no text, no GPU where the
+            recipe needs one, or a cell's directory of another recipe; when all others are finished, cells that failed.
     """
     grid = as_recipe(grid, StudyRecipe)
     recipes: Sequence[PretrainRecipe] = recipes_of(grid)
@@ -96,11 +96,12 @@ def study(grid: StudyRecipe | str | os.PathLike[str], workers: int = 1) -> list[
 
 @dataclass(frozen=True)
 class CellEstimate:
-    """A cell before it is run.
+    """The size and the cost of a cell, known before it runs.
 
     Attributes:
-        attention: the share of full attention's pairs.
-        hours: the least that its training takes on one device; None where no device is given.
+        tokens: tokens of the whole training.
+        attention: visible pairs as a share of those of full attention.
+        hours: the least time of the training on one device; None if no device is given.
     """
 
     cell: str
@@ -115,10 +116,11 @@ class CellEstimate:
 
 
 def estimate(grid: StudyRecipe, device: Device | None = None) -> list[CellEstimate]:
-    """What `study` would run, and how long that takes on a device.
+    """Estimate what `study` would run, and how long that takes on a device.
 
     Raises:
-        ZebraError: as `study`, except for the text and the machine; a dtype for which the device has no ceiling.
+        ZebraError: what `study` raises before any work, except about the text and the machine; a dtype for which the
+            device has no ceiling.
     """
     recipes = recipes_of(grid)
     _check_run(Path(grid.run), recipes)
@@ -142,7 +144,7 @@ def estimate(grid: StudyRecipe, device: Device | None = None) -> list[CellEstima
 
 
 def step_of(recipe: PretrainRecipe) -> Run:
-    """The forward and the backward pass of a cell, for the plan."""
+    """The forward and backward pass of a cell, as a run that `zebra.plan` estimates."""
     decoder = decoder_from_config(config_of(recipe).to_dict(), name=NAME)
     return planned_step(recipe, decoder, decoder.stripes)
 
@@ -151,9 +153,9 @@ def step_of(recipe: PretrainRecipe) -> Run:
 
 
 def _check_run(run: Path, recipes: Sequence[PretrainRecipe]) -> None:
-    """Check that the run's tokenizer and its cells are of this grid.
+    """Check that the run's tokenizer and its cells belong to this grid.
 
-    Finished cells that are not in the grid stay in its results, so they too may differ in the keys of cells alone.
+    Finished cells that are not in the grid stay in its results, so they too may differ only in `CELL_KEYS`.
     """
     origin, expected = run / "tokenizer" / ORIGIN, _origin(recipes[0])
     trains = isinstance(recipes[0].tokenizer, NewTokenizer)
@@ -178,14 +180,14 @@ def _origin(recipe: PretrainRecipe) -> dict[str, Any]:
 
 
 def _sharing_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> Sequence[PretrainRecipe]:
-    """The cells' recipes with the grid's tokenizer, where that is trained."""
+    """The cells' recipes with the path of the grid's tokenizer, if the grid trains one."""
     if not isinstance(recipes[0].tokenizer, NewTokenizer):
         return recipes
     return [recipe.model_copy(update={"tokenizer": str(run / "tokenizer")}) for recipe in recipes]
 
 
 def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> Sequence[PretrainRecipe]:
-    """The recipes with one tokenizer, which is trained where it is not there yet."""
+    """The cells' recipes with their shared tokenizer, which is trained if it does not exist yet."""
     settings, path = recipes[0].tokenizer, run / "tokenizer"
     if isinstance(settings, NewTokenizer) and not path.is_dir():
         tokenizer = train_tokenizer(tokenizer_texts(recipes[0]), settings)
@@ -194,7 +196,7 @@ def _with_tokenizer(run: Path, recipes: Sequence[PretrainRecipe]) -> Sequence[Pr
             atomic_write(aside / ORIGIN, yaml.safe_dump(_origin(recipes[0])))
     recipes = _sharing_tokenizer(run, recipes)
     tokenizer = load_tokenizer(str(recipes[0].tokenizer))
-    read_texts(recipes[0], tokenizer)  # fails here if it is too short; and it is in the cache, for all cells
+    read_texts(recipes[0], tokenizer)  # fails here if the text is too short, and caches the tokens for all cells
     return recipes
 
 
@@ -223,7 +225,7 @@ def _gather(run: Path, recipes: Sequence[PretrainRecipe]) -> list[Result]:
 def _run(
     run: Path, recipes: Sequence[PretrainRecipe], todo: Sequence[PretrainRecipe], workers: int
 ) -> list[tuple[str, str]]:
-    """Run cells, `workers` at a time; the names of those that failed, with their reasons."""
+    """Run cells, `workers` at a time; return the names of those that failed, with their reasons."""
     failed: list[tuple[str, str]] = []
     waiting, free = list(todo), list(range(workers))
     running: dict[int, tuple[Path, subprocess.Popen[bytes]]] = {}
@@ -276,14 +278,14 @@ _prctl = ctypes.CDLL(None).prctl  # looked up before the fork
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent ends, even by SIGKILL: a cell would go on alone (Linux, prctl(2))."""
+    """End this process with its parent, even if SIGKILL ends that; else a cell would go on alone (Linux, prctl(2))."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
 
 
 def _reason(cell: Path, code: int) -> str:
-    """Why a cell failed: the last line of its log, unless it was killed; then the log is older."""
+    """Why a cell failed: the signal that killed it, else the last line of its log."""
     if code < 0:
         return f"killed by signal {-code}"
     log = Path(f"{cell}.log")

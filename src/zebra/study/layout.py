@@ -1,6 +1,6 @@
-"""Layouts with summary layers: what each layer sees and what it costs. Importing this lets `zebra.plan` read the study.
+"""Layouts with summary layers: what each layer sees and costs. Importing this lets `zebra.plan` read study models.
 
-The standard library only: `zebra plan` loads no torch.
+It imports no torch, because `zebra plan` does not load it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from zebra.stripes import Stripes, visible_pairs
 NAME = "zebra_study"
 """The `model_type` of the study's decoder."""
 SUMMARY = "summary"
-"""The kind of a layer that sees its window, and before it the mean of each block (`zebra.study.summary`)."""
+"""The kind of a layer that sees its window, and the mean of each block before that (`zebra.study.summary`)."""
 QUERIES = 1024
-"""Queries whose scores over all finished blocks a summary layer forms at a time."""
+"""The number of queries for which a summary layer computes scores over all finished blocks at a time."""
 
 
 @dataclass(frozen=True)
 class SummaryStripes(Stripes):
-    """A layout some of whose layers are summary layers, with blocks of `block` tokens: `GSSL:32/16`.
+    """A layout in which some layers are summary layers: `GSSL:32/16` has a window of 32 and blocks of 16 tokens.
 
-    `summaries` are their indices; to transformers they are global layers, and so in `pattern`, a letter for each layer.
+    `summaries` are their indices. In `pattern`, which has a letter for each layer here, they are G: transformers takes
+    them for global layers.
 
     Raises:
-        ZebraError: a block below 1, and what `Stripes` raises.
+        ZebraError: a block below 1; what `Stripes` raises.
     """
 
     orders: ClassVar[Mapping[str, tuple[str, str]]] = {SUMMARY: ("N (w + N/b)", "N")}
@@ -47,18 +48,18 @@ class SummaryStripes(Stripes):
         return tuple(SUMMARY if i in self.summaries else kind for i, kind in enumerate(super().layer_types(n)))
 
     def pairs(self, kind: str, length: int) -> int:
-        """Pairs of a query and a key, or a mean, in one layer over one text."""
+        """Pairs of a query and a key, or the mean of a block, in one layer over one text."""
         return summary_pairs(length, self.window, self.block) if kind == SUMMARY else super().pairs(kind, length)
 
     def extra_saved_bytes(
         self, kind: str, length: int, *, heads: int, query_width: int, kv_width: int, half: bool
     ) -> int:
-        """Bytes that autograd keeps of one sequence in a summary layer, beyond those of a local layer.
+        """Bytes that autograd saves for one sequence in a summary layer, beyond those of a local layer.
 
-        For each token 8 HD (under autocast 14 HD) + 12 H + 9, for each block 16 and its means, 8 KD, and for each token
-        and block that its 1,024 queries see 8 H + 1: scores and weights, and the mask. Where heads share keys, each
-        1,024 queries keep a copy of the means for each head instead, 8 HD. Where the kernel in C++ computes the layer
-        (`zebra.kernels.native.attend_ranges`) no scores are kept, and this counts too many.
+        Per token 8 HD (with autocast 14 HD) + 12 H + 9. Per block 16, and 8 KD for its means. Per token and block that
+        its chunk of 1,024 queries sees 8 H + 1, for scores, weights and mask. Where heads share keys, each chunk
+        instead saves a copy of the means for each head, 8 HD. Where the C++ kernel computes the layer
+        (`zebra.kernels.native.attend_ranges`), no scores are saved, and this is an overestimate.
         """
         if kind != SUMMARY or length < self.window + self.block:
             return 0
@@ -76,7 +77,7 @@ class SummaryStripes(Stripes):
 
 
 def summary_pairs(length: int, window: int, block: int) -> int:
-    """Pairs of a query and a key or mean in one text: the band, and each block from where the band has left it.
+    """Pairs of a query and a key or mean in one text: the window, and each block that lies wholly before it.
 
     sum over queries i of min(i + 1, w) + max(0, floor((i + 1 - w) / b))
     """
@@ -85,14 +86,14 @@ def summary_pairs(length: int, window: int, block: int) -> int:
 
 
 def summary_stripes(kinds: Sequence[str], window: int, block: int) -> SummaryStripes | None:
-    """The layout of layers of the kinds `global`, `local` and `summary`; None where no layer is a summary layer."""
+    """The layout of layers of the kinds `global`, `local` and `summary`; None if none is a summary layer."""
     summaries = tuple(i for i, kind in enumerate(kinds) if kind == SUMMARY)
     pattern = "".join("L" if kind == "local" else "G" for kind in kinds)
     return SummaryStripes(window, pattern, block=block, summaries=summaries) if summaries else None
 
 
 def _with_study_fields(decoder: Decoder, fields: Mapping[str, Any]) -> Decoder:
-    """The decoder with what only a config of the study says: its position embedding and its summary layers."""
+    """Add what only a config of the study has: the position embedding and the summary layers."""
     position, kinds = fields.get("position_embedding", "rotary"), fields.get("attention_kinds") or ()
     stripes = summary_stripes(kinds, fields.get("sliding_window", 0), fields.get("summary_block", 64))
     return replace(

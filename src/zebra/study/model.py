@@ -3,13 +3,13 @@
     global    every layer sees all earlier tokens             rotary     rotated queries and keys
     local     every layer sees the last `window`              alibi      scores lowered by slope × distance
     summary   the last `window`, and the mean of each block   absolute   a learned vector added to each embedding
-              of `summary_block` tokens before it             none       only what causality tells
+              of `summary_block` tokens before it             none       no signal but the causal mask
     grouped   layer i is global where i % stride = 0,
               else local
 
-Its layers are those of CWM, a Llama with `layer_types`: RMS norms before attention, a SwiGLU, no biases. Embeddings are
-tied by default. With rotary positions and no summary layer `zebra convert` makes a stock class of it. Importing this
-module registers it with transformers, and its routes with `zebra.model.routes`.
+Its layers are those of CWM, a Llama with `layer_types`: RMSNorm before attention and MLP, SwiGLU, no biases. Embeddings
+are tied by default. With rotary positions and no summary layers, `zebra convert` writes it as a stock CWM checkpoint.
+Importing this module registers it with transformers, and its routes with `zebra.model.routes`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ POSITIONS = ("absolute", "alibi", "rotary", "none")
 
 
 def attention_kinds(attention: str, layers: int, stride: int = 4) -> list[str]:
-    """The kind of each layer: the same in all, or grouped, where layers 0, `stride`, 2 `stride`, ... are global.
+    """The kind of each layer: the same for all, or with `grouped` global for layers 0, `stride`, 2 `stride`, ...
 
     Raises:
         ValueError: another name, or a stride below 1 or above the number of layers.
@@ -70,7 +70,7 @@ def attention_kinds(attention: str, layers: int, stride: int = 4) -> list[str]:
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """ALiBi's slope of each head, m_h = 2^(-8 h / H) for h = 1 .. H (arXiv 2108.12409, section 3).
 
-    Between powers of two its authors' code interpolates; this is the formula for any H.
+    Where H is not a power of two the authors' code interpolates; this is the formula for any H.
     """
     return tuple(2.0 ** (-8 * h / heads) for h in range(1, heads + 1))
 
@@ -80,16 +80,16 @@ class StudyConfig(LlamaConfig):
     """The config of a Llama with a kind of attention for each layer, and a position embedding.
 
     Attributes:
-        attention_kinds: of each layer, `global`, `local` or `summary`; by default those of `layer_types`, in which a
-            summary layer is a full one: it keeps all keys.
+        attention_kinds: for each layer `global`, `local` or `summary`; by default taken from `layer_types`, where a
+            summary layer is `full_attention`, because it keeps all keys.
         position_embedding: `absolute`, `alibi`, `rotary` or `none`.
         window: keys that a local or summary layer sees, the query's own included; another name of `sliding_window`.
-        summary_block: tokens of a block.
+        summary_block: tokens in a block.
         intermediate_size: of the SwiGLU; by default 8/3 of the hidden size, rounded up to a multiple of 16.
 
     Raises:
-        StrictDataclassError: as many kinds as layers are needed; an unknown name; a window or a block that is longer
-            than `max_position_embeddings`; heads that do not divide the hidden size, or key-value heads the heads.
+        StrictDataclassError: another number of kinds than of layers; an unknown name; a window or a block longer than
+            `max_position_embeddings`; heads that do not divide the hidden size, or key-value heads the heads.
     """
 
     model_type = NAME
@@ -126,7 +126,7 @@ class StudyConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
     def validate_study(self) -> None:
-        """The fields fit together."""
+        """Check that the fields fit together."""
         kinds, longest = self.attention_kinds or [], self.max_position_embeddings
         if unknown := {*kinds} - {*KINDS}:
             raise ValueError(f"attention_kinds are of {', '.join(KINDS)}; got {', '.join(sorted(unknown))}.")
@@ -144,17 +144,17 @@ class StudyConfig(LlamaConfig):
 
     @property
     def stripes(self) -> SummaryStripes | None:
-        """The layout where some layers are summary layers; `layer_types` says any other."""
+        """The layout if there are summary layers, else None: then `layer_types` says it all."""
         return summary_stripes(self.attention_kinds or [], self.sliding_window or 0, self.summary_block)
 
     @property
     def needs_zebra(self) -> bool:
-        """Whether attention "zebra" alone knows what it asks for."""
+        """Whether only attention "zebra" can compute it."""
         return self.position_embedding == "alibi" or self.stripes is not None
 
 
 class StudyPreTrainedModel(CwmPreTrainedModel):
-    """What transformers asks of a model's class."""
+    """The base class of the study's models, as transformers expects it."""
 
     config: StudyConfig
     config_class = StudyConfig
@@ -205,7 +205,7 @@ class StudyModel(StudyPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """The states of a text: input_ids (B, T) or inputs_embeds (B, T, hidden) to (B, T, hidden)."""
+        """Compute hidden states: input_ids (B, T) or inputs_embeds (B, T, hidden) to (B, T, hidden)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -233,7 +233,7 @@ class StudyModel(StudyPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
     def _positions(self, hidden: Tensor, position_ids: Tensor) -> dict[str, Any]:
-        """What tells the layers of positions: a rotation, or one by nothing, in integers that promote no dtype."""
+        """Arguments of the layers: cos and sin (without a rope 1 and 0 in int8, which promotes no dtype), slopes."""
         if self.config.position_embedding == "rotary":
             return {"position_embeddings": self.rotary_emb(hidden, position_ids)}
         ones = hidden.new_ones(1, 1, 1, dtype=torch.int8)
@@ -255,7 +255,7 @@ class StudyForCausalLM(StudyPreTrainedModel, GenerationMixin):
         self.post_init()
 
     forward = CwmForCausalLM.forward
-    """The logits and, with labels, the loss; `generate` passes only the arguments that it names."""
+    """The logits and, with labels, the loss; `generate` only passes arguments that its signature names."""
 
 
 _NOT_ROTARY = Condition("positions that are not rotary", lambda c: c.position_embedding != "rotary")

@@ -1,4 +1,4 @@
-"""The chapter of a study on a page: claims, perplexity by position, quality against cost, beyond the length, costs."""
+"""The chapter of a study on a page: claims, perplexity by position, quality against cost, extrapolation, costs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _COUNTS = {
     FAILS: ("does not hold", "do not hold"),
     UNTESTED: ("is not tested here", "are not tested here"),
 }
-"""Each verdict of one claim, and of several."""
+"""Each verdict in words, of one claim and of several."""
 _TEXT_PROSE = (
     "Each cell is read at the length that it was trained at. Beside a mean stands the standard deviation over seeds; "
     "lower is better."
@@ -42,16 +42,16 @@ _RECALL_PROSE = (
 _OF_RECALL = "On recall, the positions are distances between a value and where it is asked for."
 _DRAWABLE = 1e6
 _FAR = 1.25
-"""Worse perplexities than this many times the best stand at the upper edge: they would press the others together."""
+"""Points above this many times the best perplexity are drawn at the upper edge, or they would squeeze the others."""
 
 
 def chapters(results: Sequence[Result]) -> list[Chapter]:
-    """For `zebra.report.write_report`, a chapter for each study among the results."""
+    """A chapter for each study among the results, for `zebra.report.write_report`."""
     return [_chapter(study, i) for i, study in enumerate(studies_in(results), start=1)]
 
 
 def _chapter(study: Study, index: int) -> Chapter:
-    """What a study's results say; its number among those of the page tells its figures from theirs."""
+    """The chapter of one study; `index`, its number on the page, makes the names of its figures unique."""
     prefix = "study" if index == 1 else f"study-{index}"
     title = f"{study.name}: " if study.name else ""
     checked = {subject: claims(study.on(subject)) for subject in study.subjects}
@@ -71,7 +71,7 @@ def _chapter(study: Study, index: int) -> Chapter:
 
 
 def _summary(study: Study, checked: Mapping[str, Sequence[Claim]]) -> Line:
-    """How many claims hold, the verdicts on those that are not the paper's, and grouped attention beside global."""
+    """How many of the paper's claims hold, the verdicts on the others, and grouped attention beside global."""
     runs = sum(len(seeds) for seeds in study.runs.values())
     text = f"{study.name}: " if study.name else ""
     text += f"{len(study.runs)} cells, {runs} runs."
@@ -204,10 +204,10 @@ def _beyond(study: Study, prefix: str) -> Blocks:
 
 
 def curve(study: Study, cell: StudyCell, context: int, name: str, **style: Any) -> tuple[Curve, list[Result]]:
-    """A cell's means by position, in the colour of its attention; and the results that they are of.
+    """A cell's mean perplexities by position, in the colour of its attention, and the results behind them.
 
-    Up to the length that the cell was trained at they are those of contexts of that length, where there are any, and
-    beyond it those of `context`.
+    Up to the trained length they come from contexts of that length, if it was measured, and beyond it from contexts of
+    `context` tokens.
     """
     near = cell.length if cell.length in study.contexts(cell) else 0
     places = [(cell.length, span) for span in study.spans(cell.length, [cell])[:-1]]
@@ -223,11 +223,11 @@ def curve(study: Study, cell: StudyCell, context: int, name: str, **style: Any) 
 
 
 _COSTS = {"parameters": "parameters", "attention_pairs": "attention pairs", "cached_tokens": "cached tokens"}
-"""The heads of the columns of costs."""
+"""The column heads of the costs, by metric."""
 
 
 def _costs(study: Study) -> Blocks:
-    """A line for each cell, its columns those of which there are results."""
+    """A row for each cell, a column for each cost that has results."""
     cells = ordered(study.runs)
     metrics = [metric for metric in _COSTS if any(study.cost(cell, metric) for cell in cells)]
     if not metrics:
@@ -242,7 +242,7 @@ def _costs(study: Study) -> Blocks:
 
 
 def _training(study: Study, prefix: str) -> Blocks:
-    """The loss of the main cells, the first seed of each."""
+    """The training loss of the first rotary cell of each kind of attention, for its first seed."""
     results: list[Result] = []
     names: dict[str, tuple[str, str]] = {}
     for cell in filter(None, map(study.cell, ATTENTIONS)):

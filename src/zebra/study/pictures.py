@@ -1,4 +1,4 @@
-"""The study's pictures: quality against cost with its frontier, and perplexity beyond the trained length."""
+"""The study's figures: quality against cost with its frontier, and perplexity beyond the trained length."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = dict(zip(POSITIONS, "o^sD", strict=True))
 
 
 class Point(NamedTuple):
-    """A cell in the scatter: its cost, its perplexity over seeds, and where it stands; a far worse one, lower."""
+    """A cell in the scatter plot: its cost, its perplexity over seeds, and the height at which it is drawn."""
 
     cell: StudyCell
     cost: float
@@ -29,12 +29,12 @@ class Point(NamedTuple):
 
     @property
     def clipped(self) -> bool:
-        """Whether it does not stand at its perplexity."""
+        """Whether it is drawn below its perplexity, because that is far worse than the best."""
         return self.height < self.quality.mean
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points than which none is both better and as cheap, from the cheapest on."""
+    """The Pareto frontier, the cheapest point first: each point is better than all that cost no more."""
     best: list[Point] = []
     for point in sorted(points, key=lambda point: (point.cost, point.quality.mean)):
         if not best or point.quality.mean < best[-1].quality.mean:
@@ -43,7 +43,7 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def plot_scatter(axes: Axes, points: Sequence[Point]) -> None:
-    """Colour by attention, shape by position embedding, the frontier as a staircase, a label for each point."""
+    """Plot perplexity against cost: colour by attention, shape by position embedding, the frontier as steps."""
     x, y = zip(*((point.cost, point.quality.mean) for point in frontier(points)), strict=True)
     for point in points:
         axes.errorbar(
@@ -72,7 +72,7 @@ def plot_scatter(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _label(axes: Axes, points: Sequence[Point]) -> None:
-    """The names in a column at the right, by height, each with a thin line to its point."""
+    """Write the names in a column at the right, ordered by height, each with a thin line to its point."""
     for i, point in enumerate(sorted(points, key=lambda point: (point.height, -point.cost))):
         color = COLOURS[point.cell.attention]
         line = {"arrowstyle": "-", "linewidth": 0.4, "color": color, "relpos": (0, 0.5), "shrinkB": 3}
@@ -84,7 +84,7 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
 
 
 class Curve(NamedTuple):
-    """Perplexity by position under a name, and the keywords that it is drawn by."""
+    """A name, mean perplexities by span of positions, and keyword arguments for `Axes.plot`."""
 
     name: str
     means: Mapping[Span, float]
@@ -99,7 +99,7 @@ def plot_by_position(
     title: str = "",
     place: str = "position",
 ) -> None:
-    """Perplexity over positions, both logarithmic, a line for each curve; dashed, the trained length."""
+    """Plot perplexity over positions on log scales, a line for each curve; the trained length is dashed."""
     edges = sorted({edge for curve in curves for span in curve.means for edge in span if edge})
     for curve in curves:
         x = [math.sqrt(max(a, edges[0] / 2) * b) for a, b in curve.means]

@@ -1,4 +1,4 @@
-"""The recipe of a grid of trainings from scratch: what its cells share, and what they differ in. No torch."""
+"""The recipe of a grid of training runs from scratch: what its cells share, and in what they differ. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Size = Annotated[int, Field(ge=1)]
 
 
 class Axes(RecipeSection):
-    """Some cells: all combinations of what the axes list. One value may stand for a list of one."""
+    """Some cells: all combinations of the values on the axes. A single value stands for a list of one."""
 
     attention: _Many[Literal["global", "local", "summary", "grouped"]] = Field(min_length=1)
     position: _Many[Literal["rotary", "alibi", "absolute", "none"]] = Field(min_length=1)
@@ -29,7 +29,7 @@ class Axes(RecipeSection):
 
 
 class StudyRecipe(RecipeSection):
-    """A grid: what its cells share, and what they differ in."""
+    """A grid: what its cells share, and in what they differ."""
 
     run: str = Field(description="the run's directory")
     recipe: dict[str, Any] = Field(description="of each cell: a recipe of `zebra pretrain`, but for run")

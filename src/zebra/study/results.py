@@ -1,4 +1,4 @@
-"""Results of the from-scratch study by cell (layout of attention, position embedding, training length) and seed."""
+"""Results of the from-scratch study, by cell (layout, position embedding, training length) and seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zebra.study.spread import Scores
 ATTENTIONS = ("global", "grouped", "summary", "local", "mixed")
 POSITIONS = ("rotary", "alibi", "absolute", "none")
 TEXT, RECALL = "text", "recall"
-"""What cells are measured on: text that they have not seen, and what a document told some distance before."""
+"""What cells are measured on: unseen text, and recall of what a document stated some distance before."""
 _TASKS = {TEXT: "perplexity-", RECALL: "recall-"}
 _LAYOUT = re.compile(
     rf"({FULL}|[GLS]+:\d+(?:/\d+)?|\d+(?:,\d+)*:\d+) ({'|'.join(POSITIONS)})(?:, self-extend (\d+:\d+))?"
@@ -27,7 +27,7 @@ _LAYOUT = re.compile(
 
 
 class StudyCell(NamedTuple):
-    """What was trained, whatever the seed; `self_extend` is the group and the neighbour window that it is read by."""
+    """What was trained, apart from the seed; `self_extend` is the group and window of Self-Extend, if it was used."""
 
     layout: str
     position: str
@@ -36,7 +36,7 @@ class StudyCell(NamedTuple):
 
     @property
     def attention(self) -> str:
-        """The kind of attention: one of ATTENTIONS."""
+        """The kind of attention, one of ATTENTIONS."""
         letters = set("G" if self.layout == FULL else self.layout.partition(":")[0])
         if letters <= set("0123456789,"):
             return "grouped"
@@ -45,13 +45,13 @@ class StudyCell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The cell's name as readers see it."""
         read = f", self-extend {self.self_extend}" if self.self_extend else ""
         return f"{short_layout(self.layout)} {self.position}{read}"
 
 
 def short_layout(layout: str) -> str:
-    """A layout for people: summary layers throughout are one letter."""
+    """A layout as readers see it: if all layers are summary layers, one S stands for them."""
     return re.sub("^S+:", "S:", layout)
 
 
@@ -62,7 +62,7 @@ class Study:
     Attributes:
         runs: the results of each cell and seed.
         measured: the results of `benchmarks/study.py costs`: what a training step takes.
-        subject: what the scores are of, TEXT or RECALL. The spans of recall are distances.
+        subject: what the scores measure, TEXT or RECALL. The spans of recall are distances.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Study:
     subject: str = TEXT
 
     def on(self, subject: str) -> Study:
-        """The same study, its scores those of another subject."""
+        """The same study with the scores of another subject."""
         return replace(self, subject=subject)
 
     @property
@@ -91,11 +91,11 @@ class Study:
         return dict(scores)
 
     def scores(self, cell: StudyCell, context: int, span: Span | None = None) -> Scores:
-        """A cell's perplexities at the positions, or distances, of a context, by default at all of them."""
+        """A cell's perplexities by seed, at a span of positions or distances of a context; by default over all."""
         return self._scores.get((cell, context, span or (0, context)), {})
 
     def spans(self, context: int, cells: Sequence[StudyCell]) -> list[Span]:
-        """The buckets of positions that any of the cells has in a context, and last the whole of it."""
+        """The buckets of positions that any of the cells has in a context; the whole context is last."""
         spans = {span for cell, c, span in self._scores if c == context and cell in cells}
         return sorted(spans, key=lambda span: (span == (0, context), span))
 
@@ -104,23 +104,23 @@ class Study:
         return sorted({context for other, context, _ in self._scores if other == cell})
 
     def extended(self, cell: StudyCell) -> StudyCell | None:
-        """The same cell read with Self-Extend."""
+        """The same cell evaluated with Self-Extend; None where it was not."""
         return next((one for one, *_ in self._scores if one.self_extend and one._replace(self_extend="") == cell), None)
 
     @cached_property
     def uses_self_extend(self) -> bool:
-        """Whether any cell was read with Self-Extend."""
+        """Whether any cell was evaluated with Self-Extend."""
         return any(
             ", self-extend" in one.layout for seeds in self.runs.values() for run in seeds.values() for one in run
         )
 
     def last(self, cell: StudyCell, context: int) -> Span:
-        """The last bucket of positions of a context that a cell was measured at; all of it where that is one."""
+        """The last bucket of positions of a cell in a context; the whole context where it has no buckets."""
         spans = self.spans(context, [cell])
         return spans[-2] if len(spans) > 1 else (0, context)
 
     def far(self, cell: StudyCell) -> Span:
-        """The last bucket of positions of the length that a cell was trained at."""
+        """The last bucket of positions of a cell in contexts of its trained length."""
         return self.last(cell, cell.length)
 
     @property
@@ -135,7 +135,7 @@ class Study:
         return max(counts, key=lambda length: (counts[length], length))
 
     def cells(self, attention: str, position: str = "rotary") -> list[StudyCell]:
-        """The cells of a kind of attention at the study's length, those of layouts with the most runs first."""
+        """The cells of a kind of attention at the study's length, the layout with the most runs first."""
         kinds = [cell for cell in self.runs if (cell.attention, cell.length) == (attention, self.length)]
         counts = Counter(cell.layout for cell in kinds for _ in self.runs[cell])
         cells = (StudyCell(layout, position, self.length) for layout, _ in counts.most_common())
@@ -146,11 +146,11 @@ class Study:
         return next(iter(self.cells(attention, position)), None)
 
     def title(self, cell: StudyCell) -> str:
-        """A cell's name, with its training length where that is not the study's."""
+        """A cell's name, with its training length if that is not the study's."""
         return cell.name + ("" if cell.length == self.length else f" at {cell.length:,}")
 
     def cost(self, cell: StudyCell, metric: str) -> Result | None:
-        """What a text of the training length costs, or a training step: the first result of the cell's own layout."""
+        """The cost of a text of the training length, or of a training step: the first result for the cell's layout."""
         layout = f"{cell.layout} {cell.position}"
         costs = (one for seed in self.runs[cell].values() for one in seed if one.task == "cost")
         expected = metric, cell.length, layout
@@ -158,9 +158,9 @@ class Study:
 
 
 def studies_in(results: Sequence[Result]) -> list[Study]:
-    """The studies among results: grids, and other runs where they have two cells or more.
+    """The studies among results: each grid, and all other runs together if they have at least two cells.
 
-    A second run of the same cell and seed belongs to none.
+    A second run of the same cell and seed is left out.
     """
     runs = split(results, lambda one: (one.run, _run_directory(one)))
     grids: dict[str, dict[StudyCell, dict[int | None, list[Result]]]] = defaultdict(lambda: defaultdict(dict))
@@ -178,7 +178,7 @@ def studies_in(results: Sequence[Result]) -> list[Study]:
 
 
 def _run_directory(one: Result) -> str | None:
-    """The directory of the training that a result belongs to."""
+    """The run directory of the training that a result belongs to; None for other results."""
     if step(one) is not None:
         return one.model.rpartition("@")[0]
     path = PurePath(one.model)

@@ -1,4 +1,4 @@
-"""Statistics over seeds: means, deviations, and differences of losses with their intervals."""
+"""Statistics over seeds: means, standard deviations, and differences of losses with their intervals."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from zebra.evaluate.intervals import students_t
 from zebra.results import Result
 
 Scores = Mapping[int | None, Result]
-"""A perplexity of a cell for each seed."""
+"""A cell's perplexity by seed."""
 Losses = Mapping[int | None, float]
-"""Losses in nats per token for each seed."""
+"""A cell's loss by seed, in nats per token."""
 
 
 class Spread(NamedTuple):
-    """A perplexity at the mean loss over seeds, and the losses' standard deviation times it, with two or more.
+    """exp(mean loss over seeds), and this times the standard deviation of the losses; None below two seeds.
 
-    Of the losses, as the differences are: a mean of perplexities would follow the worst seed.
+    Both are of losses, as the differences are: the worst seed would dominate a mean of perplexities.
     """
 
     mean: float
@@ -28,9 +28,9 @@ class Spread(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The loss of the first of two less that of the second, in nats per token, and half its 95 % interval.
+    """The loss of the first of two minus that of the second, in nats per token, and half its 95 % interval.
 
-    `deviation` is that of one pair of seeds.
+    `deviation` is the standard deviation of the difference for one seed.
     """
 
     mean: float
@@ -40,17 +40,17 @@ class Difference(NamedTuple):
 
     @property
     def low(self) -> float:
-        """The interval's lower end."""
+        """The lower bound of the interval."""
         return self.mean - self.half
 
     @property
     def high(self) -> float:
-        """The interval's upper end."""
+        """The upper bound of the interval."""
         return self.mean + self.half
 
 
 def spread(scores: Scores) -> Spread:
-    """The mean of the losses over seeds, as a perplexity, and their standard deviation, times that."""
+    """The mean and the standard deviation over seeds, see `Spread`."""
     values = [*losses(scores).values()]
     mean = math.exp(math.fsum(values) / len(values))
     several = len(values) > 1 and all(map(math.isfinite, values))
@@ -58,27 +58,27 @@ def spread(scores: Scores) -> Spread:
 
 
 def losses(scores: Scores) -> Losses:
-    """The losses in nats per token: ln of each perplexity; NaN where there is none."""
+    """The losses in nats per token: ln of each perplexity; NaN where that is not positive."""
     return {seed: math.log(one.value) if one.value > 0 else math.nan for seed, one in scores.items()}
 
 
 def level(scores: Scores) -> float:
-    """The mean loss over seeds; NaN without any, or where one is not finite."""
+    """The mean loss over seeds; NaN without seeds, or if a loss is not finite."""
     values = losses(scores).values()
     return statistics.mean(values) if values and all(map(math.isfinite, values)) else math.nan
 
 
 def gain(near: Scores, far: Scores) -> Losses:
-    """By how much a cell's loss is lower far than near, for each seed."""
+    """How much lower a cell's loss is at far positions than at near ones, by seed."""
     one, two = losses(near), losses(far)
     return {seed: one[seed] - two[seed] for seed in one if seed in two}
 
 
 def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Difference | str:
-    """The loss of `one` less that of `two`, over the seeds that both have; where it has no interval, why.
+    """The loss of `one` minus that of `two`, over the seeds that both have; without an interval, the reason as text.
 
     With three shared seeds or more, the interval is Student's t of their differences. With fewer, the noise is the
-    residual of the losses of all cells with several seeds: their own means and those of the seeds are subtracted.
+    residual of the losses of other cells with several seeds, after subtracting the means of cells and of seeds.
 
     Args:
         others: the losses of all cells at the same positions.
@@ -101,12 +101,12 @@ def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Diffe
 
 
 def half_width(deviation: float, n: int, freedom: int | None = None) -> float:
-    """Half of Student's t interval at 95 % of the mean of n values; degrees of freedom are n - 1 by default."""
+    """Half the width of Student's 95 % t interval for the mean of n values; n - 1 degrees of freedom by default."""
     return students_t(freedom or n - 1) * deviation / math.sqrt(n)
 
 
 def _noise(others: Iterable[Losses]) -> tuple[float, int]:
-    """The residual deviation over the largest set of cells with the same seeds, and its degrees of freedom."""
+    """The residual standard deviation over the largest set of cells with the same seeds, and its degrees of freedom."""
     sets: dict[frozenset[int | None], list[Losses]] = defaultdict(list)
     for cell in others:
         if all(map(math.isfinite, cell.values())):

@@ -7,8 +7,8 @@ r"""Local attention with global approximation: the band, and one mean key and va
                 m  .   \ \                       One softmax over both (after LongT5's transient global attention,
        S - 1    m  m     \ \                     arXiv 2112.07916, section 3.1.2).
 
-Blocks of b tokens count from the first real token of each text, so padding and packing change nothing. Keys are
-averaged as they stand in the cache, rotated; under ALiBi a mean stands at the mean position of its block. The cost is
+Blocks of b tokens are counted from the first real token of each text, so padding and packing change nothing. The mean
+is over keys as cached, after the rotation; with ALiBi its position is the mean position of its block. The cost is
 N (w + N / b) pairs.
 """
 
@@ -28,10 +28,10 @@ from zebra.study import layout
 
 
 class _Blocks(NamedTuple):
-    """The M blocks of all texts of a batch entry, one after another; M is that of the entry with the most."""
+    """The M blocks of all texts of a batch entry, one after another; M is the largest number over the batch."""
 
     of_key: Tensor  # (1 or B, S), the block of each key; M for padding
-    size: Tensor  # (1 or B, M), tokens of each block so far
+    size: Tensor  # (1 or B, M), the tokens that each block has so far
     last: Tensor  # (1 or B, M), the index of the last key of each block
     document: Tensor  # (1 or B, M), the index of the first token of the block's text
 
@@ -48,16 +48,16 @@ def summary_attention(
     with_lse: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of the last T of S tokens over the keys of their window and the means of blocks before it.
+    """Attention of the last T of S tokens over the keys of their window and the means of the blocks before it.
 
         s_im = scale * <q_i, mean of k over block m>,   visible where i - last(m) >= w and m has b tokens
 
     Args:
         q: (B, H, T, D).
         k, v: (B, K, S, D), from the beginning of the text on.
-        mask: it has a window.
-        block: b, tokens of a block, at least 1.
-        scale, slopes, with_lse: as `zebra.kernels.attend` has them; slopes (H).
+        mask: a mask with a window.
+        block: b, the tokens of a block, at least 1.
+        scale, slopes, with_lse: as in `zebra.kernels.attend`; slopes: (H).
 
     Returns:
         out: (B, H, T, D).
@@ -81,10 +81,10 @@ def summary_attention(
 
 
 class SummaryAttention:
-    """The attention override of a summary layer: of `block` tokens, by `compute` (an oracle, by the naive formula)."""
+    """The attention override of a summary layer with blocks of `block` tokens; tests set `compute` to the formula."""
 
     beyond_layer_types = True
-    """Its layers have a window, and `layer_types` of transformers has no word for them."""
+    """Its layers have a window, but `layer_types` of transformers has no name for them."""
 
     def __init__(self, block: int, compute: Callable[..., tuple[Tensor, Tensor | None]] = summary_attention):
         self.block, self.compute = block, compute
@@ -93,7 +93,7 @@ class SummaryAttention:
         self, module: nn.Module, positions: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Mask, /,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """`summary_attention` of a query (B, H, T, D) and the keys and values (B, K, S, D) of the layer."""
+        """Apply `summary_attention` to the layer's query (B, H, T, D), key and value (B, K, S, D)."""
         return self.compute(query, key, value, mask, block=self.block, **kwargs)
 
 
@@ -102,7 +102,7 @@ def _blocks(mask: Mask, keys: int, block: int, device: torch.device) -> _Blocks:
     first = mask.first_tokens(keys, device)
     real = torch.ones_like(first, dtype=torch.bool) if mask.keys is None else mask.keys.bool()
     first = first.expand_as(real)
-    # A block begins where a text does and every b tokens; padding belongs to none.
+    # A block begins with each text and every b tokens from there; padding belongs to no block.
     of_key = (((index - first) % block == 0) & real).cumsum(dim=1) - 1
     count = int(of_key.max()) + 1
     of_key = torch.where(real, of_key, count)
@@ -114,7 +114,7 @@ def _blocks(mask: Mask, keys: int, block: int, device: torch.device) -> _Blocks:
 
 
 def _means(states: Tensor, blocks: _Blocks) -> Tensor:
-    """The mean of each block of keys or values (B, K, S, D): (B, K, M, D) in float32 or wider."""
+    """The mean of each block of keys or values (B, K, S, D): (B, K, M, D) in at least float32."""
     dtype, count = torch.promote_types(states.dtype, torch.float32), blocks.size.shape[1]
     sums = states.new_zeros(*states.shape[:2], count + 1, states.shape[3], dtype=dtype)
     index = blocks.of_key[:, None, :, None].expand_as(states)
@@ -125,9 +125,9 @@ def _means(states: Tensor, blocks: _Blocks) -> Tensor:
 def _attend_means(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, block: int, scale: float, slopes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over the means alone; out 0 and lse -inf where a query sees none.
+    """Attention over the means alone; out is 0 and lse is -inf where a query sees none.
 
-    A query sees one run of blocks, so that the kernel in C++ serves where it can, and else scores over all blocks.
+    A query sees a contiguous range of blocks, so the C++ kernel can compute it; otherwise scores are over all blocks.
     """
     assert mask.window is not None
     queries, keys, dtype = q.shape[2], k.shape[2], torch.promote_types(q.dtype, torch.float32)
@@ -161,7 +161,7 @@ def _attend_means(
 
 
 def _block_ranges(blocks: _Blocks, first: Tensor, queries: int, window: int) -> tuple[Tensor, Tensor]:
-    """The one run of blocks that each query sees, [first, end): two (1 or B, T). A block that its text ends is in none.
+    """The range of blocks [begin, end) that each query sees, each (1 or B, T). No range has a text's incomplete block.
 
     first: the first token of each key's text.
     """
@@ -185,12 +185,12 @@ def naive_summary_attention(
     slopes: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The formula as it reads, one query at a time, in the dtype of the inputs: the oracle of `summary_attention`.
+    """The formula itself, one query at a time, in the dtype of the inputs: the oracle of `summary_attention`.
 
     The arguments are those of `summary_attention`; any other is ignored.
 
     Returns:
-        out: (B, H, T, D); 0 for a query that is padding. And None for the log-sum-exp.
+        out: (B, H, T, D), 0 for a query that is padding; None in place of the log-sum-exp.
     """
     assert mask.window is not None
     group, keys = q.shape[1] // k.shape[1], k.shape[2]
