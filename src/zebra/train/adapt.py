@@ -1,4 +1,4 @@
-"""Long-context adaptation (LCAT, Zebra section 4): a checkpoint, striped, trained on long sequences, measured."""
+"""Long-context adaptation (LCAT, Zebra section 4): give a checkpoint stripes, train it on long text, and measure it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from zebra.train.texts import read_texts
 
 
 def adapt(recipe: AdaptRecipe | str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[Result]:
-    """Run a recipe, or the one in a file, and return its results; an interrupted run resumes.
+    """Run an adaptation and return its results; an interrupted run resumes.
 
     Args:
-        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
+        recipe: the recipe, or the path of its file.
+        trust_remote_code: allow a tokenizer that is Python code in the checkpoint.
 
     Raises:
-        ZebraError: as `read_recipe`; before any training, a checkpoint, a layout or texts that cannot be used, or a run
-            directory of another recipe; during it, a loss that is not finite.
+        ZebraError: what `read_recipe` raises; before any training, a checkpoint, a layout or texts that cannot be used,
+            or a run directory of another recipe; during it, a loss that is not finite.
     """
     settings = as_recipe(recipe, AdaptRecipe)
     start = CheckpointStart(settings, *read_source(settings, trust_remote_code))

@@ -1,11 +1,11 @@
-"""Chat templates as training needs them: the tokens of a conversation, and which of them are the assistant's.
+"""Chat templates for training: the tokens of a conversation, and which of them are the assistant's.
 
     <s>User:\\nWho ran?\\n\\nAssistant:\\nThe dog.</s>\\n
                                    ^^^^^^^^^^^^^       trained: the answer and the token that ends it
 
-Which tokens are an answer's is read from a template's {% generation %} marks: its own, or those of trl's copy of it.
-Without marks, an answer is what rendering the conversation with it adds to rendering the prompt before it. A template
-that renders a prompt differently once it is answered is an error.
+The {% generation %} marks of a template, or of trl's copy of it, tell which tokens are an answer's. Without marks, an
+answer is what the conversation up to and including it has beyond the prompt before it. A template that renders a prompt
+differently once it is answered is an error.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ _REMEDY = "Correct or drop the conversation, or name another template with chat_
 _MARK = r"\{%-?\s*(?:end)?generation\s*-?%\}"
 
 NAMED = {name: Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8") for name in ("plain", "chatml")}
-"""Templates for a checkpoint that has none: `plain` for any tokenizer with an end-of-text token, `chatml` for one that
-has its two tokens."""
+"""Templates for checkpoints without one: `plain` needs an end-of-text token, `chatml` <|im_start|> and <|im_end|>."""
 
 
 class Chat:
     """A tokenizer and its chat template.
 
     Attributes:
-        template: the one that a tuned checkpoint gets, without marks.
-        stop: the token that ends an answer; None where a template writes none.
+        template: the template that a tuned checkpoint gets; `plain` and `chatml` without marks.
+        stop: the special token that ends an answer; None where the template writes none.
 
     Raises:
-        ZebraError: no template and none named; a name that is neither known nor a file; tokens that the named one needs
-            and the tokenizer lacks; a template in which answers cannot be located; trl is not installed.
+        ZebraError: no template, and none named; a name that is neither known nor a file; tokens that the named template
+            needs and the tokenizer lacks; a template in which answers cannot be located; trl is not installed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, named: str | None, source: str):
@@ -67,11 +66,11 @@ class Chat:
         self.stop = answer[-1] if answer and answer[-1] in special else None
 
     def encode(self, conversation: Conversation) -> TokenizedConversation:
-        """The tokens of a conversation, and which are the assistant's.
+        """Tokenise a conversation, and mark the tokens of the assistant.
 
         Raises:
-            ZebraError: a message that the template rejects, such as a system message; answers that it does not set
-                apart; tools that it does not write.
+            ZebraError: a message that the template rejects, such as a system message; answers that cannot be told
+                apart; tools that the template does not write.
         """
         where = conversation.where
         if self._marked:
@@ -97,10 +96,10 @@ class Chat:
         return tokens
 
     def fitted(self, conversation: Conversation, length: int) -> tuple[TokenizedConversation, int]:
-        """The conversation in at most `length` tokens, and how many of its document were cut from its middle.
+        """The conversation in at most `length` tokens, and the number of tokens cut from the middle of its document.
 
         Raises:
-            ZebraError: too long, and no document to cut, or too long without it.
+            ZebraError: it is too long, and has no document to cut or is too long even without it.
         """
         if (shortened := self.shortened(conversation, length)) is not None:
             return shortened
@@ -112,7 +111,7 @@ class Chat:
         )
 
     def shortened(self, conversation: Conversation, length: int) -> tuple[TokenizedConversation, int] | None:
-        """As `fitted`, and None where no cut makes it short enough."""
+        """Like `fitted`, but None where no cut makes the conversation short enough."""
         tokens, document = self.encode(conversation), conversation.document
         over = len(tokens.input_ids) - length
         if over <= 0:
@@ -148,7 +147,7 @@ class Chat:
         return list(encoding["input_ids"])
 
     def _render(self, conversation: Conversation, count: int | None = None, **options: Any) -> Any:
-        """The first `count` messages in a template, all of them where None."""
+        """Render the first `count` messages with a template; all of them if None."""
         return apply_chat_template(
             self.tokenizer,
             [message.for_template() for message in conversation.messages[:count]],
@@ -182,12 +181,12 @@ def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
 
 
 def _marked_by_trl(tokenizer: PreTrainedTokenizerBase, template: str, source: str) -> str | None:
-    """Trl's copy of a template with marks, for those that it knows."""
-    if tokenizer.chat_template != template:  # it compares what the tokenizer has
+    """trl's copy of a template with marks; None for a template that it does not know."""
+    if tokenizer.chat_template != template:  # trl looks at the tokenizer's own template
         return None
     from trl.chat_template_utils import get_training_chat_template
 
-    with rendering(source, _REMEDY):  # it tries the template
+    with rendering(source, _REMEDY):  # trl renders the template to try it
         try:
             return get_training_chat_template(tokenizer)
         except ValueError:

@@ -1,9 +1,9 @@
 """A run's directory: it belongs to one recipe with one set of inputs, and to one process at a time.
 
 run/recipe.yaml     the resolved recipe; starting it again resumes the run, and starting another one is an error
-run/inputs.json     digests of the files and of the source that the recipe names; the sequences of a step
+run/inputs.json     digests of the files and of the source that the recipe names; the number of sequences in a step
 
-Before its first complete checkpoint a run has nothing worth keeping, so its recipe and its inputs may still change.
+Before its first complete checkpoint a run has nothing worth keeping, so until then its recipe and inputs may change.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zebra.train.recipe import Recipe
 from zebra.train.recipe_file import named_files, parse_yaml
 
 COMPLETE = "COMPLETE"
-"""The mark that a checkpoint is complete, written last."""
+"""The file, written last, that marks a checkpoint as complete."""
 _SEQUENCES = "sequences of a step"
 _SHARES_OF_A_STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
@@ -38,10 +38,10 @@ _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
 @contextmanager
 def locked_run(recipe: Recipe) -> Iterator[Path]:
-    """Lock the run's directory; of several processes of a training the first one locks it for all.
+    """Lock the run's directory; of several training processes the first locks it for all.
 
     Raises:
-        ZebraError: the directory is of another recipe or of no run; another process is at work in it.
+        ZebraError: the directory belongs to another recipe or to no run; another process works in it.
     """
     run = Path(recipe.run)
     check_recipe(run, recipe, may_be_longer=True)
@@ -51,16 +51,16 @@ def locked_run(recipe: Recipe) -> Iterator[Path]:
 
 
 def has_trained(run: Path) -> bool:
-    """Whether a run has a complete checkpoint, or what is written after the last one."""
+    """Whether a run has a complete checkpoint, or the files that are written after the last one."""
     return any((run / name).exists() for name in ("model", "results.jsonl")) or any(
         run.glob(f"checkpoints/checkpoint-*/{COMPLETE}")
     )
 
 
 def inputs_of(recipe: Recipe, digests: dict[str, object], *, finished: bool) -> dict[str, object]:
-    """What a run's results depend on: the digests of its start and of its files, and the sequences of a step.
+    """What a run's results depend on: digests of its start and of its files, and the number of sequences in a step.
 
-    A finished run may have lost its files, and may be read again by any number of processes.
+    A finished run may have lost its files, and any number of processes may read it again.
 
     Raises:
         ZebraError: files that do not exist.
@@ -75,7 +75,7 @@ def inputs_of(recipe: Recipe, digests: dict[str, object], *, finished: bool) -> 
 
 
 def digests_of_files(tree: dict[str, Any]) -> dict[str, str]:
-    """Of each file that a recipe's section names, its digest.
+    """The digest of each file that a recipe's section names.
 
     Raises:
         ZebraError: files that do not exist.
@@ -84,7 +84,7 @@ def digests_of_files(tree: dict[str, Any]) -> dict[str, str]:
 
 
 def record_inputs(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
-    """Write the recipe and its inputs; results of an earlier start with others are removed."""
+    """Write the recipe and its inputs; remove results of an earlier start with other ones."""
     texts = {
         "recipe.yaml": yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
         "inputs.json": json.dumps(inputs, indent=2) + "\n",
@@ -97,7 +97,7 @@ def record_inputs(run: Path, recipe: Recipe, inputs: dict[str, Any]) -> None:
 
 
 def reopen(run: Path) -> None:
-    """Prepare a finished run for more steps: remove its results, its page and its model.
+    """Prepare a finished run for more steps: remove its results, its report and its model.
 
     Raises:
         ZebraError: there is no complete checkpoint of its last step.
@@ -119,7 +119,7 @@ def reopen(run: Path) -> None:
 
 
 def is_longer(run: Path, recipe: Recipe) -> bool:
-    """Whether a recipe has more steps than the one that the run began with."""
+    """Whether a recipe has more steps than the one with which the run began."""
     return has_trained(run) and _first_recipe(run)["train"]["max_steps"] < recipe.train.max_steps
 
 
@@ -128,16 +128,16 @@ def _first_recipe(run: Path) -> Any:
 
 
 def record_export(run: Path) -> None:
-    """Write `run/model.json`, a digest of each file of the trained checkpoint, unless it exists."""
-    if not (run / "model.json").exists():  # a kill may have come between the two
+    """Write `run/model.json`, the digest of each file of the trained checkpoint, unless it exists."""
+    if not (run / "model.json").exists():  # it is missing too if a kill came between model/ and it
         atomic_write(run / "model.json", json.dumps(_export_digests(run), indent=2) + "\n")
 
 
 def check_export(run: Path) -> None:
-    """Check that the trained checkpoint, where there is one, is what the training wrote.
+    """Check that the trained checkpoint, if there is one, is unchanged since the training wrote it.
 
     Raises:
-        ZebraError: a file that is missing, added or changed, by hand or by a fault of the disk.
+        ZebraError: a file that is missing, added or changed.
     """
     file = run / "model.json"
     if not (run / "model").exists() or not file.exists():
@@ -158,7 +158,7 @@ def _export_digests(run: Path) -> dict[str, str]:
 
 @contextmanager
 def writing(run: Path) -> Iterator[None]:
-    """Turn the errors of a full disk, those of torch and safetensors too, into one line."""
+    """Turn the errors of a full disk, also those of torch and safetensors, into one line."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -177,7 +177,7 @@ def check_recipe(run: Path, recipe: Recipe, *, may_be_longer: bool = False) -> N
     """Check that a directory is absent, belongs to this recipe, or has no complete checkpoint yet.
 
     Args:
-        may_be_longer: accept a recipe with more steps, where these continue the same training.
+        may_be_longer: accept a recipe with more steps, if they continue the same training.
 
     Raises:
         ZebraError: a directory of another recipe, or of no run; a damaged recipe.
@@ -212,7 +212,7 @@ def _sequences_recorded(run: Path) -> int | None:
 
 
 def _check_longer(run: Path, recipe: Recipe) -> None:
-    """Check that more steps continue a training: that none of its steps depends on how many follow."""
+    """Check that more steps continue the same training: no step may depend on how many follow."""
     schedule, data = recipe.train.lr_scheduler_type, getattr(recipe, "data", None)
     drawn = [f"data.{name}" for name in ("sources", "recall") if getattr(data, name, None) is not None]
     if schedule not in _SCHEDULES_WITHOUT_END:
@@ -229,14 +229,14 @@ def _check_longer(run: Path, recipe: Recipe) -> None:
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """The keys in which two recipes differ, without those that change no number."""
+    """The keys in which two recipes differ, without those that do not change the results."""
     items = flatten(one.model_dump()).items() ^ flatten(other.model_dump()).items()
     changed = {name for name, _ in items if not name.startswith("parallel.")}
     return sorted(changed - {"run", "data.num_proc", "data.cache_dir", "train.activation_checkpointing"})
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """A recipe's values, each under the path of its keys, `train.max_steps`."""
+    """A recipe's values as text, by the path of their keys, such as `train.max_steps`."""
     values: dict[str, str] = {}
     for name, value in tree.items():
         values |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: repr(value)}

@@ -1,4 +1,4 @@
-"""What a recipe would do and need, before it is run: shapes, tokens, steps, memory (`zebra.train.step_memory`)."""
+"""Estimate a recipe without running it: shapes, tokens, steps, memory (`zebra.train.step_memory`)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _Known = AdaptRecipe | TuneRecipe | PretrainRecipe
 
 @dataclass(frozen=True)
 class DryRun:
-    """An estimate of a recipe: facts in the order in which they are shown, and bytes by part for one device."""
+    """An estimate of a recipe: facts in the order of display, and the memory of one device in bytes by part."""
 
     facts: dict[str, str]
     memory: dict[str, int]
@@ -40,11 +40,11 @@ class DryRun:
 
 
 def dry_run(recipe: _Known) -> DryRun:
-    """Estimate a recipe without its weights and without its text.
+    """Estimate a recipe without reading weights or text.
 
     Raises:
-        ZebraError: neither the checkpoint nor a built-in shape of that name is here; a config that `adapt`, `tune` or
-            `pretrain` reject.
+        ZebraError: no checkpoint, and no known built-in shape in its place; a config that `adapt`, `tune` or
+            `pretrain` rejects.
     """
     config = _config(recipe)
     resolved = resolve_checkpointing(recipe, config)

@@ -1,6 +1,6 @@
-"""The gate between conversations and training: faults by reading, and by a model's likelihood where a recipe asks.
+"""The gate that conversations pass before training: it finds faults in the text, and on request by a model's loss.
 
-An answer depends on its document as far as the document makes it likelier under the model, in nats a token:
+An answer depends on its document to the extent that the document lowers the answer's loss, in nats per token:
 
     gain = loss(answer | question) - loss(answer | document, question)
 """
@@ -26,7 +26,7 @@ from zebra.train.tune_recipe import TuneRecipe
 
 
 class Gate:
-    """Selects the conversations to train on; `counts` has the number with each fault, and of what was cut."""
+    """Selects the conversations to train on; `counts` holds the number with each fault, and later of what was cut."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class Gate:
                 self._measured |= ngrams(text for file in files for text in _texts(file))
 
     def measure(self, conversations: Sequence[Conversation]) -> None:
-        """Add conversations that are measured on and must not be trained on."""
+        """Add conversations for evaluation, which must not be trained on."""
         self._measured |= ngrams(map(evaluation_text, conversations))
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[Conversation]:
-        """The conversations that pass: all of them where faults are only flagged."""
+        """The conversations that pass; all of them where faults are only flagged."""
         if self._checks.act == "off":
             return list(conversations)
         share = self._recipe.data.held_out or 0.0
@@ -67,7 +67,7 @@ class Gate:
         return [one for i, one in enumerate(conversations) if i not in faulty or self._checks.act == "flag"]
 
     def _independent(self, conversations: Sequence[Conversation], which: Sequence[int]) -> list[int]:
-        """The indices of those whose answers are about as likely without their document."""
+        """The indices of conversations whose answers are about as likely without the document."""
         length = self._recipe.train.length
         shortened = {i: self._chat.shortened(conversations[i], length) for i in which}
         with_document = {i: tokens[0] for i, tokens in shortened.items() if tokens is not None}
@@ -95,13 +95,13 @@ def _texts(file: Path) -> Iterable[str]:
 
 
 def conversation_hash(one: Conversation) -> int:
-    """32 bits of a hash of the document, then 32 of the conversation: those on one document are held out together."""
+    """A 64-bit hash: 32 bits of the document, then 32 of the conversation, so one document's are held out together."""
     document = one.text if one.document is None else one.document
-    # Salted, for without a document both are of the same text.
+    # Salted, because without a document both halves hash the same text.
     digests = [blake2b(document.encode(), digest_size=4), blake2b(one.text.encode(), digest_size=4, salt=b"text")]
     return int.from_bytes(b"".join(digest.digest() for digest in digests), "big")
 
 
 def is_held_out(one: Conversation, share: float) -> bool:
-    """Whether a conversation is held out: by hash, as in `zebra.data.mixture.split_sources`."""
+    """Whether a conversation is held out: by its hash, as in `zebra.data.mixture.split_sources`."""
     return bool(np.uint64(conversation_hash(one)) < np.uint64(share * 2**64))

@@ -1,4 +1,4 @@
-"""A recipe's conversations: read, filtered, as tokens, mixed by share, packed into sequences; and the suites."""
+"""Read a recipe's conversations, filter and tokenise them, mix them by share, and pack them into sequences."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from zebra.train.tune_recipe import TuneRecipe
 
 
 def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrainedModel]) -> ConversationTraining:
-    """Read, check, choose and pack the conversations of a recipe, and print what they consist of.
+    """Read, check, select and pack the conversations of a recipe, and print what they consist of.
 
     Args:
-        load: loads the model by which `data.quality.independent` measures whether answers depend on their documents.
+        load: loads the model with which `data.quality.independent` measures whether answers depend on their documents.
 
     Raises:
-        ZebraError: a file that cannot be read; a conversation too long; a source with nothing left to train on.
+        ZebraError: a file that cannot be read; a conversation that is too long; a source or a suite with nothing left.
     """
     data, length = recipe.data, recipe.train.length
     named = data.by_source
@@ -87,7 +87,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
 def _tokenize(
     conversations: Sequence[Conversation], name: str, recipe: TuneRecipe, chat: Chat, counts: Counter[str]
 ) -> TokenizedSource:
-    ids, answers = [], []  # arrays: lists of numbers take nine times the memory
+    ids, answers = [], []  # lists of arrays: lists of ints take nine times the memory
     hashes, kinds = [], []
     with bar(f"tokenising {name}", len(conversations), "conversations") as advance:
         for tokens, cut, one in _fitting(conversations, recipe, chat, advance):
@@ -115,7 +115,7 @@ def _fitting(
     chat: Chat,
     advance: Callable[[float], None] = lambda units: None,
 ) -> Iterator[tuple[TokenizedConversation, int, Conversation]]:
-    """The conversations as tokens, and how many were cut of each; one that is too long raises or is left out."""
+    """Each conversation's tokens, how many were cut, and the conversation; one too long raises or is left out."""
     fit = chat.shortened if recipe.data.too_long == "drop" else chat.fitted
     for one in conversations:
         advance(1)

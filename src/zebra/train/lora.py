@@ -1,7 +1,7 @@
-"""Low-rank adaptation by peft: W + alpha / r · B A in the attention projections, embeddings and norms in full.
+"""LoRA by peft: W + alpha / r · B A in the attention projections, with embeddings and norms trained in full.
 
-LongLoRA (arXiv 2309.12307, section 3.3): for a longer context the low-rank update of attention is not enough by
-itself; with the embeddings and the norms trained as well, which are few parameters, it comes close to full training.
+LongLoRA (arXiv 2309.12307, section 3.3): for a longer context, LoRA on attention alone is not enough; with embeddings
+and norms trained too, which are few parameters, it comes close to full fine-tuning.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
-    """The model with trainable low-rank updates; everything that is not to be trained is frozen.
+    """Wrap a model with LoRA, and freeze everything else but `modules_to_save`.
 
-    What is trained is float32, whatever the frozen weights are.
+    Trained weights are float32, whatever the dtype of the frozen ones.
 
     Raises:
-        ZebraError: peft is not installed, no module of these names.
+        ZebraError: what `check_targets` raises.
     """
     peft, tied = _peft(), has_tied_head(model)
     check_targets(model, lora)
@@ -47,7 +47,7 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
         ensure_weight_tying=tied and "embeddings" in saved,
         task_type="CAUSAL_LM",
     )
-    model.name_or_path = ""  # at each save peft would read the source's config, which may be of another class
+    model.name_or_path = ""  # else peft reads the source's config at each save, and that may be of another class
     with torch.random.fork_rng(), _older_name_read():
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, config)
@@ -58,13 +58,13 @@ def wrap(model: PreTrainedModel, lora: Lora, *, seed: int) -> PeftModel:
 
 
 def reload(model: PreTrainedModel, adapter: str | os.PathLike[str]) -> PeftModel:
-    """The model with the updates that were saved in a directory."""
+    """The model with the adapter that was saved in a directory."""
     with _older_name_read():
         return _peft().PeftModel.from_pretrained(model, adapter)
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
-    """Whether the head and the embeddings are one tensor."""
+    """Whether the head and the embeddings share one tensor."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -72,7 +72,7 @@ def check_targets(model: PreTrainedModel, lora: Lora) -> None:
     """Check that a model, on the meta device or any other, has the modules to update.
 
     Raises:
-        ZebraError: peft is not installed; a name that no linear module has, or that of a head that is tied to the
+        ZebraError: peft is not installed; a name that no linear module has, or only a head that is tied to the
             embeddings.
     """
     _peft()
@@ -92,10 +92,10 @@ def check_targets(model: PreTrainedModel, lora: Lora) -> None:
 
 @torch.no_grad()
 def add_updates(model: PreTrainedModel, trained: PeftModel) -> None:
-    """Add to a model what was trained over it: to each W its alpha / r * B A, and what was trained whole in its place.
+    """Merge a trained adapter into a model, in place: W += alpha / r * B A; modules trained in full are replaced.
 
-    The twin of peft's own merge. A head that is tied to the embeddings follows them because the model has one tensor
-    for both, whatever peft ties.
+    The equivalent of peft's own merge. A tied head follows the embeddings, because the model has one tensor for both,
+    whatever peft ties.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
@@ -112,7 +112,7 @@ def add_updates(model: PreTrainedModel, trained: PeftModel) -> None:
 
 @contextmanager
 def _older_name_read() -> Iterator[None]:
-    """peft asks a model for `is_gradient_checkpointing`, which transformers has under a newer name too."""
+    """Silence a warning: peft reads `is_gradient_checkpointing`, which has a new name in transformers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield

@@ -1,4 +1,4 @@
-"""Results of a run in addition to its evaluations: its losses, its mixture, the cost of its attention."""
+"""The results of a run other than its evaluations: its losses, its mixture, the cost of its attention."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from zebra.train.recipe import CheckpointRecipe, Recipe
 
 
 def common_columns(recipe: Recipe) -> dict[str, Any]:
-    """The columns that all results of a run share."""
+    """The columns that have the same value in all results of a run."""
     return {"run": Path(recipe.run).name, "seed": recipe.train.seed, "device": device_name(best_device())}
 
 
 def local_attention_for(recipe: Recipe) -> LocalAttention:
-    """The local attention to train with: the source's (zebra.json), but the sinks of the recipe's layout if any."""
+    """The local attention to train with: the source's (zebra.json), with the sinks of the recipe's layout, if any."""
     local = LocalAttention()
     if isinstance(recipe, CheckpointRecipe):
         try:
@@ -39,7 +39,7 @@ def local_attention_for(recipe: Recipe) -> LocalAttention:
 
 
 def training_results(recipe: Recipe, history: list[dict[str, Any]], columns: dict[str, Any]) -> list[Result]:
-    """The loss against tokens, and the evaluations during training, from the Trainer's history."""
+    """The training loss by tokens, and the evaluations during training, from the Trainer's history."""
     results: list[Result] = []
     for entry in sorted(history, key=lambda entry: (entry["step"], "results" in entry)):  # losses of a step first
         if "loss" in entry:
@@ -52,7 +52,7 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], columns: dic
 
 
 def source_results(stats: Sequence[SourceStats], **columns: Any) -> list[Result]:
-    """What a mixture took of each source, as results of the task `data-<source>`."""
+    """What a mixture took from each source, as results of the task `data-<source>`."""
     return [
         Result(task=f"data-{split.source.name}", metric=metric, value=value, n=len(split.train), **columns)
         for split, drawn, share in stats
@@ -69,7 +69,7 @@ def source_results(stats: Sequence[SourceStats], **columns: Any) -> list[Result]
 
 
 def cost_results(recipe: Recipe, config: PreTrainedConfig, model: str) -> list[Result]:
-    """What one text of the longest measured length costs in attention, full and striped: exact counts."""
+    """The attention pairs and cached tokens of one text of length `recipe.longest`, full and striped: exact counts."""
     length, layers, local = recipe.longest, config.num_hidden_layers, local_attention_for(recipe)
     window = getattr(config, "sliding_window", None) or length
     per_local_layer = length if local.full_decode else min(length, window - 1) + local.sinks
@@ -87,7 +87,11 @@ def cost_results(recipe: Recipe, config: PreTrainedConfig, model: str) -> list[R
 
 
 def trainer_state(run: Path, recipe: Recipe) -> dict[str, Any]:
-    """The state of the Trainer after the last step, as it saved it."""
+    """The state that the Trainer saved after the last step.
+
+    Raises:
+        ZebraError: the file is missing or damaged.
+    """
     path = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}" / "trainer_state.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))

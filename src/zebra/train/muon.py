@@ -1,11 +1,11 @@
-"""Muon for the matrices of a model, AdamW for the rest, as one optimiser of the Trainer's.
+"""Muon for the matrices of a model and AdamW for the rest, as one optimiser for the Trainer.
 
     M = μ M + (1 - μ) G,    D = μ M + (1 - μ) G                                       Nesterov's momentum, μ = 0.95
     W = W - lr (0.2 √max(rows, columns) NS(D) + wd W)                                 NS(D) ≈ U Vᵀ of D = U S Vᵀ
 
-Every direction of a matrix gets a step of the same size, and one that is as large as AdamW's in the mean, so both take
-the recipe's learning rate (Moonshot, arXiv 2502.16982). The matrices are torch's own `Muon`; embeddings, the head and
-vectors are AdamW's. Vectors do not decay, as under the Trainer's AdamW.
+Every direction of a matrix gets a step of the same size, on average as large as AdamW's, so both use the recipe's
+learning rate (Moonshot, arXiv 2502.16982). torch's `Muon` updates the matrices, AdamW embeddings, head and vectors.
+Vectors have no weight decay, as in the Trainer's AdamW.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Two optimisers in one: their groups in a row, their states side by side."""
+    """Two optimisers in one, with the parameter groups and the states of both."""
 
     def __init__(self, model: PreTrainedModel, *, lr: float, betas: tuple[float, float], weight_decay: float):
         matrices, rest = split(model)
@@ -32,27 +32,27 @@ class MuonWithAdamW(torch.optim.Optimizer):
             ),
         )
         super().__init__([{"params": matrices}, {"params": rest}], {"lr": lr})
-        # The parts' own groups: what a schedule writes there is what they read.
+        # The parts' own groups, so that the learning rate that a scheduler writes is the one they read.
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of both."""
+        """Step both optimisers."""
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
+        """The states of both optimisers."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The states of both; their groups are new objects then."""
+        """Load the states of both; this makes new group objects, so `param_groups` is built again."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def split(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
-    """What is trained: the matrices (m, n) inside the layers, and the rest, of any shape."""
+    """The trained parameters: the matrices (m, n) of the layers, and the rest, of any shape."""
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     ends = {id(parameter) for end in (*tables, model.get_output_embeddings()) for parameter in end.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -62,5 +62,5 @@ def split(model: PreTrainedModel) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def muon() -> type[MuonWithAdamW]:
-    """What the Trainer takes for an optimiser that wants the whole model."""
+    """The factory that the Trainer expects of an optimiser that takes the whole model."""
     return MuonWithAdamW

@@ -1,16 +1,16 @@
-"""The Trainer where the processes of a launcher share more than the batches: sequences, weights and their states.
+"""A Trainer whose processes share more than batches: they can split sequences, weights and optimiser states.
 
-    processes = data x shard x sequence        neighbours share a sequence; next come those that share weights
+    processes = data x shard x sequence        adjacent ranks split a sequence; next come those that shard weights
 
-    data       the same weights, sequences of their own
-    shard      FSDP2 (`torch.distributed.fsdp.fully_shard`): a layer's weights are gathered before it runs, the
-               gradients of each part are reduced to the process that holds it, which alone steps on it
-    sequence   the tokens of a sequence are split (`zebra.model.sequence_parallel`); under `shard` the weights too
+    data       all weights, different sequences
+    shard      FSDP2 (`torch.distributed.fsdp.fully_shard`): a layer's weights are gathered before it runs, and its
+               gradients are reduce-scattered; each process steps on its own shard
+    sequence   the tokens of a sequence are split (`zebra.model.sequence_parallel`); with `shard` the weights too
 
-accelerate's plug-in shards on GPUs alone; on CPUs it silently is DDP. So the model is sharded here, and
-accelerate prepares it for nothing but autocast. A checkpoint's weights are those of a stock folder, gathered by the
-first process; the optimiser's moments are written where they are, by torch's distributed checkpoint, as safetensors.
-Any number of processes goes on from it.
+accelerate's plug-in shards only on GPUs, and on CPUs silently falls back to DDP. So the model is sharded here, and
+accelerate only adds autocast. In a checkpoint the weights are in the stock format, gathered by the first process; each
+process writes its shard of the optimiser's moments with torch's distributed checkpoint, as safetensors. Any number of
+processes can resume from it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from zebra.train.processes import data_groups
 from zebra.train.recipe import Parallel, Recipe
 
 _MOMENTS, _SCHEDULE = "moments", "schedule.pt"
-"""What a checkpoint of sharded weights has in place of the Trainer's states."""
+"""The names that a checkpoint of sharded weights has in place of the Trainer's states."""
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -63,10 +63,10 @@ class ParallelTrainer(Trainer):
         self.parallel = parallel
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As the Trainer's; batch `i` goes to the group `i` of processes that share a sequence.
+        """The Trainer's, but batch `i` goes to group `i` of the processes that split a sequence.
 
-        accelerate hands each process batches of its own; its context parallelism, which would not, takes sdpa alone,
-        and knows no window.
+        accelerate gives each process its own batches. Its context parallelism would not, but it supports only sdpa and
+        no sliding window.
         """
         loader = super().get_train_dataloader()
         if (sequence := self.parallel.sequence) > 1:
@@ -75,17 +75,17 @@ class ParallelTrainer(Trainer):
         return loader
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """As the Trainer's, over this process's part of the weights."""
+        """The Trainer's, over this process's shard of the weights."""
         if self.parallel.shard > 1:
             shard_weights(self.model, self.parallel, self.accelerator.device.type)
-            # A cache would hold the bfloat16 copies of all gathered weights to the end of the forward pass.
+            # Autocast's cache would keep the bfloat16 copies of all gathered weights to the end of the forward pass.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-            # Prepared once, it is not wrapped again: autocast, and no DDP.
+            # Prepared here, with autocast and without DDP, the model is not wrapped again.
             self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         return super().create_optimizer(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; sharded weights are gathered in the first process."""
+        """The Trainer's, but sharded weights are gathered in the first process."""
         if self.parallel.shard == 1:
             super().save_model(output_dir, _internal_call)
             return
@@ -99,9 +99,9 @@ class ParallelTrainer(Trainer):
 
 
 def shard_weights(model: nn.Module, parallel: Parallel, device: str) -> None:
-    """Split the weights of a model over processes, in place: each becomes a DTensor, cut along its first axis.
+    """Shard the weights of a model over processes, in place: each becomes a DTensor, split along its first axis.
 
-    Layers are gathered one by one, embeddings and the head for the whole of a step.
+    Layers are gathered one by one, embeddings and the head for the whole step.
     """
     size = parallel.shard * parallel.sequence
     mesh = init_device_mesh(device, (dist.get_world_size() // size, size), mesh_dim_names=("data", "shard"))
@@ -110,14 +110,14 @@ def shard_weights(model: nn.Module, parallel: Parallel, device: str) -> None:
 
 
 class ShardedStates(TrainerCallback):
-    """Moments and the schedule of sharded weights in checkpoints, and back at any number of processes.
+    """Saves the moments and the schedule of sharded weights, and loads them with any number of processes.
 
-    Nothing is pickled but the schedule, which is read as numbers. A training draws no random numbers beyond those of
-    its seed, so a checkpoint has no generators' states.
+    Only the schedule is pickled, and it is loaded with `weights_only`. All random numbers of a training follow from its
+    seed, so a checkpoint has no states of generators.
 
     Args:
-        checkpoint: to go on from.
-        is_sharded: whether weights are sharded now.
+        checkpoint: the checkpoint to resume from.
+        is_sharded: whether the weights are sharded now.
     """
 
     def __init__(self, checkpoint: str | None, is_sharded: bool):
@@ -126,13 +126,13 @@ class ShardedStates(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any
     ) -> None:
-        """Read the states of the checkpoint; what the Trainer read for whole weights is split as they are."""
+        """Load the states of the checkpoint; shard the states of whole weights, which the Trainer loaded."""
         optimizer = getattr(optimizer, "optimizer", optimizer)
         if self.checkpoint is not None and (self.checkpoint / _MOMENTS).is_dir():
             _read_moments(self.checkpoint / _MOMENTS, model, optimizer)
             lr_scheduler.load_state_dict(torch.load(self.checkpoint / _SCHEDULE, weights_only=True))
             for group, rate in zip(optimizer.param_groups, lr_scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate  # the schedule itself sets it only after a step
+                group["lr"] = rate  # the scheduler sets it only after a step
         for parameter, states in optimizer.state.items():
             for name, value in states.items():
                 if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
@@ -141,7 +141,7 @@ class ShardedStates(TrainerCallback):
     def on_save(
         self, args: Any, state: TrainerState, control: Any, model: Any, optimizer: Any, lr_scheduler: Any, **kwargs: Any
     ) -> None:
-        """Write them."""
+        """Write the moments and the schedule."""
         if not self.is_sharded:
             return
         where = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -155,14 +155,14 @@ class ShardedStates(TrainerCallback):
 def _read_moments(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     states = get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
     moments = _tensors(states)
-    with warnings.catch_warnings():  # one process may go on from what several wrote
+    with warnings.catch_warnings():  # a single process may resume from what several wrote
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
         load(moments, storage_reader=HuggingFaceStorageReader(str(folder)))
     set_optimizer_state_dict(model, optimizer, states | moments, options=_BY_NAME)
 
 
 def _tensors(states: Mapping[str, Any]) -> dict[str, Any]:
-    """The moments among an optimizer's states; the rest is numbers of the recipe."""
+    """The tensors of an optimiser's states, its moments; the rest are settings of the recipe."""
     return {name: value for name, value in states.items() if isinstance(value, Tensor)}
 
 
@@ -174,12 +174,12 @@ def shard(batch: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def sharing(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
-    """Within this context the model attends over sequences that processes share, if the recipe has such."""
+    """Within this context the model attends over sequences that processes split, if the recipe says so."""
     size = recipe.parallel.sequence
     if size > 1:
         mesh = init_device_mesh(model.device.type, (data_groups(recipe), size), mesh_dim_names=("data", "sequence"))
         set_sequence_parallel(model, mesh["sequence"].get_group(), ring=recipe.parallel.ring)
-    with warnings.catch_warnings():  # the view is `logits`, of no token, and nobody writes to it
+    with warnings.catch_warnings():  # the view is the empty `logits`, which nobody modifies
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         yield
     if size > 1:

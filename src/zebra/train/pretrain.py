@@ -1,4 +1,4 @@
-"""Training from scratch: a config of transformers, a tokenizer, text and generated recall, trained and measured.
+"""Training from scratch: a transformers config, a tokenizer, text, and generated documents of recall.
 
 run/tokenizer/    the tokenizer, where the recipe trains one
 """
@@ -38,11 +38,14 @@ from zebra.train.trainer import check_machine, trainable_config
 
 
 def pretrain(recipe: PretrainRecipe | str | os.PathLike[str]) -> list[Result]:
-    """Run a recipe, or the one in a file, and return its results; an interrupted run resumes.
+    """Train from scratch and return the results; an interrupted run resumes.
+
+    Args:
+        recipe: the recipe, or the path of its file.
 
     Raises:
-        ZebraError: as `read_recipe`; before any training, a config, a tokenizer or texts that cannot be used, or a run
-            directory of another recipe; during it, a loss that is not finite.
+        ZebraError: what `read_recipe` raises; before any training, a config, a tokenizer or texts that cannot be used,
+            or a run directory of another recipe; during it, a loss that is not finite.
     """
     settings = as_recipe(recipe, PretrainRecipe)
     check_machine(settings.train)
@@ -60,16 +63,16 @@ def pretrain(recipe: PretrainRecipe | str | os.PathLike[str]) -> list[Result]:
 
 @dataclass
 class RandomStart(Start):
-    """A training of random weights, drawn by the recipe's seed."""
+    """A start from random weights, drawn with the recipe's seed."""
 
     recipe: PretrainRecipe
 
     def build(self) -> PreTrainedModel:
-        """The model with random weights; its tokenizer is saved, so that a resumed run does not train it again."""
+        """The model with random weights. Its tokenizer is saved, so that a resumed run does not train it again."""
         run = Path(self.recipe.run)
         tokenizer = run / "tokenizer"
         if not has_trained(run) and is_first_process():
-            shutil.rmtree(tokenizer, ignore_errors=True)  # of a start without any checkpoint
+            shutil.rmtree(tokenizer, ignore_errors=True)  # from an earlier start that saved no checkpoint
             with atomic_directory(tokenizer) as staging:
                 self.tokenizer.save_pretrained(staging)
         return random_model(self.config, seed=self.recipe.train.seed, local=local_attention_for(self.recipe))
@@ -79,9 +82,9 @@ class RandomStart(Start):
         run, steps = Path(self.recipe.run), self.recipe.train.max_steps
         with atomic_directory(run / "model") as staging:
             model.to(getattr(torch, self.recipe.dtype))
-            model.config.use_cache = True  # the Trainer turns it off for itself
+            model.config.use_cache = True  # the Trainer turns it off
             model.save_pretrained(staging)
-            shutil.copytree(run / "tokenizer", staging, dirs_exist_ok=True)  # saved again, a loaded one differs
+            shutil.copytree(run / "tokenizer", staging, dirs_exist_ok=True)  # saving a loaded one would change its files
             write_config(model.config, staging)
             local = local_attention_of(model)
             write_zebra_json(staging, model.config, local, source=None, steps=steps, tokens=tokens)
@@ -93,7 +96,7 @@ def random_model(
     seed: int,
     local: LocalAttention = LocalAttention(),  # noqa: B008  # frozen
 ) -> PreTrainedModel:
-    """A model of float32 weights as transformers initialises them."""
+    """A model with float32 weights, initialised by transformers with a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         cls: Any = with_default_cache(model_class(config))  # type: ignore[arg-type]
@@ -125,7 +128,7 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     if tokenizer is None and isinstance(recipe.tokenizer, str):
         tokenizer = load_tokenizer(recipe.tokenizer)
     sizes = {"max_position_embeddings": recipe.train.length} | _vocabulary(recipe, tokenizer) | sizes
-    check_fields(sizes, "model")  # before a class computes by them
+    check_fields(sizes, "model")  # before a config class computes with them
     try:
         config = AutoConfig.for_model(kind, **sizes)
         check_fields(config.to_dict(), "model")
@@ -147,10 +150,10 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
 
 
 def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:
-    """Check that the layout fits the model's depth and the sequences: whoever trains from scratch chooses all three.
+    """Check that the layout fits the model's depth and the sequences: in training from scratch all three are chosen.
 
     Raises:
-        ZebraError: a group larger than the depth, a window longer than the sequences.
+        ZebraError: a pattern longer than the depth, a window longer than the sequences.
     """
     pattern, layers = recipe.stripes and Stripes.parse(recipe.stripes).pattern, config.num_hidden_layers
     if pattern and len(pattern) > layers:
@@ -167,7 +170,7 @@ def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:
 
 
 def _vocabulary(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """The fields of a config that follow from the tokenizer; before it is trained, its size alone."""
+    """The config fields that follow from the tokenizer; before it is trained, only its size."""
     size = recipe.tokenizer.vocab_size if isinstance(recipe.tokenizer, NewTokenizer) else len(tokenizer or ())
     if recipe.model.get("vocab_size", size) != size:
         raise ZebraError(

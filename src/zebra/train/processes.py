@@ -9,17 +9,17 @@ from zebra.train.recipe import Recipe
 
 
 def is_first_process() -> bool:
-    """Whether this process, of those of a launcher, is the one that writes and prints."""
+    """Whether this process is the one, among those of a launcher, that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def processes() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_processes() -> int:
-    """How many of them are on this machine."""
+    """The number of these processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -27,8 +27,8 @@ def check_processes(recipe: Recipe) -> None:
     """Check that the processes that the launcher started can share the recipe's work.
 
     Raises:
-        ZebraError: their number is no multiple of `parallel.shard` x `parallel.sequence`, or not data x shard x
-            sequence; a launcher that would shard weights too.
+        ZebraError: their number is not a multiple of `parallel.shard` x `parallel.sequence`, or not data x shard x
+            sequence; the launcher would shard weights too.
     """
     parallel, count = recipe.parallel, processes()
     sharing = parallel.shard * parallel.sequence
@@ -51,21 +51,21 @@ def check_processes(recipe: Recipe) -> None:
 
 
 def data_groups(recipe: Recipe) -> int:
-    """How many groups of processes train on sequences of their own; a dry run needs no launcher."""
+    """The number of groups of processes that train on different sequences; at least 1, as a dry run has no launcher."""
     return max(1, processes() // recipe.parallel.sequence)
 
 
 def sequences_per_step(recipe: Recipe) -> int:
-    """Sequences of one full optimiser step, over all processes."""
+    """The number of sequences in a full optimiser step, over all processes."""
     train = recipe.train
     return train.per_device_train_batch_size * train.gradient_accumulation_steps * data_groups(recipe)
 
 
 def check_step(recipe: Recipe, sequences: int) -> None:
-    """Check that the data have at least the sequences of one full step: steps would be smaller than the recipe says.
+    """Check that the data fill at least one step; else steps would be smaller than the recipe says.
 
     Raises:
-        ZebraError: they have fewer.
+        ZebraError: the data have fewer sequences.
     """
     if sequences < (step := sequences_per_step(recipe)):
         raise ZebraError(
@@ -75,10 +75,10 @@ def check_step(recipe: Recipe, sequences: int) -> None:
 
 
 def sequences_of_training(recipe: Recipe) -> int:
-    """Sequences of all optimiser steps."""
+    """The number of sequences in all optimiser steps."""
     return recipe.train.max_steps * sequences_per_step(recipe)
 
 
 def tokens_per_step(recipe: Recipe) -> int:
-    """Tokens of one full optimiser step, over all processes. The last one of a pass over the data may have fewer."""
+    """The number of tokens in a full optimiser step, over all processes. The last step of an epoch may have fewer."""
     return recipe.train.length * sequences_per_step(recipe)

@@ -1,7 +1,7 @@
 """Recipes: one YAML file is one experiment. Unknown keys and contradictions are errors before any work.
 
-A key that means what a field of `transformers.TrainingArguments`, of peft's `LoraConfig` or of an argument of
-`datasets` means has its name.
+A key that corresponds to a field of `transformers.TrainingArguments` or of peft's `LoraConfig`, or to an argument of
+`datasets`, has the same name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RecipeSection(BaseModel):
 
 
 class TextSource(RecipeSection):
-    """Text files and how they become documents."""
+    """Text files, and how they are split into documents."""
 
     files: list[str] | None = Field(None, min_length=1, description="files, folders, globs, from the working directory")
     separator: str | None = Field(None, description="splits a text file into documents; without it a file is one")
@@ -43,7 +43,7 @@ class TextSource(RecipeSection):
 
 
 class MixtureSource(RecipeSection):
-    """A source of a mixture: documents of some files within a bucket of lengths, and their share of the tokens."""
+    """A source of a mixture: documents of some files within a range of lengths, and their share of the tokens."""
 
     name: str
     files: list[str] = Field(min_length=1)
@@ -68,7 +68,7 @@ class TextMixtureSource(MixtureSource):
 
 
 class RecallSource(RecipeSection):
-    """Generated documents that state facts and query them later (zebra.data.recall), mixed with the text."""
+    """Generated documents that state facts and ask for them later (zebra.data.recall), mixed with the text."""
 
     share: float = Field(gt=0, le=1, description="of the training's sequences after hold; the others are text")
     first: int = Field(64, ge=2, description="tokens of a document at the beginning")
@@ -83,7 +83,7 @@ class RecallSource(RecipeSection):
 
 
 class TextData(TextSource):
-    """The training text: files, each document once, or a mixture of sources that fills the training's sequences."""
+    """The training text: files, each document once per epoch, or a mixture of sources that fills all sequences."""
 
     sources: list[TextMixtureSource] | None = Field(None, min_length=1)
     recall: RecallSource | None = Field(None, description="generated documents of recall among the sequences of text")
@@ -101,7 +101,7 @@ class TextData(TextSource):
 
     @property
     def by_source(self) -> list[TextMixtureSource]:
-        """The sources of the mixture; files alone are one source, which has all tokens."""
+        """The sources of the mixture; `files` are a single source with all tokens."""
         return self.sources or [
             TextMixtureSource(
                 name="data.files", files=self.files or [], share=1.0, separator=self.separator, field=self.field
@@ -110,7 +110,7 @@ class TextData(TextSource):
 
 
 def check_sources(subject: str, files: list[str] | None, sources: Sequence[MixtureSource] | None) -> None:
-    """Check that the data are files or a mixture whose sources have names and shares."""
+    """Check that the data are either files, or sources with different names whose shares sum to 1."""
     check_one_of(subject, {"files": files, "sources": sources})
     if sources is not None:
         check_names([source.name for source in sources])
@@ -120,20 +120,20 @@ def check_sources(subject: str, files: list[str] | None, sources: Sequence[Mixtu
 
 
 def check_one_of(subject: str, keys: Mapping[str, object]) -> None:
-    """Check that one of two keys has a value."""
+    """Check that exactly one of two keys has a value."""
     values = [value for value in keys.values() if value is not None]
     if len(values) != 1:
         raise ValueError(f"{subject} by {' or by '.join(keys)}, by one of them; got {'both' if values else 'neither'}")
 
 
 def check_names(names: list[str]) -> None:
-    """Check that no name comes twice."""
+    """Check that no name appears twice."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"each has a name of its own; got {', '.join(twice)} twice")
 
 
 def first_changed(section: BaseModel, *names: str) -> str | None:
-    """The first of the keys that differs from its default."""
+    """The first of the keys whose value differs from its default; None if none does."""
     return next((name for name in names if getattr(section, name) != type(section).model_fields[name].default), None)
 
 
@@ -183,7 +183,7 @@ class Training(RecipeSection):
 
 
 class Lora(RecipeSection):
-    """Low-rank updates instead of full training."""
+    """LoRA in place of full fine-tuning."""
 
     r: int = Field(16, ge=1, le=2**14, description="the rank")
     lora_alpha: float | None = Field(None, gt=0, description="the update is multiplied by lora_alpha / r; 2 r without")
@@ -196,7 +196,7 @@ class Lora(RecipeSection):
 
 
 class Parallel(RecipeSection):
-    """How the processes of a launcher share the work: their number is data x shard x sequence."""
+    """How the processes of a launcher split the work: their number is data x shard x sequence."""
 
     data: int | None = Field(default=None, ge=1, description="copies of the weights; as many as fit without it")
     shard: int = Field(
@@ -212,13 +212,13 @@ class Parallel(RecipeSection):
 
 
 class EvaluationSchedule(RecipeSection):
-    """When a model is measured during training; each kind of training adds how."""
+    """When a model is evaluated during training; each kind of training adds how."""
 
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations during training; none without it")
 
 
 class PerplexityEvaluation(TextSource, EvaluationSchedule):
-    """Perplexity by position before, during and after: on files of its own, or on the documents that data holds out."""
+    """Perplexity by position before, during and after training, on files of its own or on held-out documents."""
 
     length: int = Field(ge=2, description="tokens of context")
     beyond: int | None = Field(
@@ -236,7 +236,7 @@ class PerplexityEvaluation(TextSource, EvaluationSchedule):
 
 
 class Recipe(RecipeSection):
-    """What every training has: a run's directory, a layout, the training, and when the model is measured."""
+    """What every training has: a run directory, a layout, the settings of training, and when the model is evaluated."""
 
     run: str = Field(description="the run's directory")
     stripes: str | None = Field(None, description="the layout to train, such as GLLL:512; the model's own without it")
@@ -266,12 +266,12 @@ class Recipe(RecipeSection):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text that is trained or measured on."""
+        """The longest length in tokens to train or evaluate at; `evaluate.beyond` does not count."""
         return max(self.train.length, getattr(self.evaluate, "length", 0))
 
 
 class TextRecipe(Recipe):
-    """A training on texts, measured by perplexity."""
+    """A training on text, evaluated by perplexity."""
 
     data: TextData
     evaluate: PerplexityEvaluation | None = None
@@ -322,7 +322,7 @@ class AdaptRecipe(TextRecipe, CheckpointRecipe):
 
 
 class NewTokenizer(RecipeSection):
-    """A tokenizer to be trained on the text (zebra.train.tokenizer): byte-level BPE."""
+    """A byte-level BPE tokenizer to train on the text (zebra.train.tokenizer)."""
 
     vocab_size: int = Field(ge=257, description="tokens: 256 bytes, the end of text, and merges")
     digits: int = Field(3, ge=1, le=3, description="digits in a token: a longer number is cut into groups of so many")

@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML within bounds, overrides, and what is wrong with it in one line."""
+"""Read a recipe: YAML of bounded size, overrides, and errors in one line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zebra.files import check_regular_file
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with decimal numbers, no dates, and each key once: YAML 1.1 reads the layout 2:33 as 153, and 010 as 8."""
+    """YAML with decimal numbers, no dates, and unique keys: YAML 1.1 reads the layout 2:33 as 153, and 010 as 8."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -42,10 +42,10 @@ _MOST_CHARACTERS, _MOST_VALUES = 1 << 20, 100_000
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, whose size is bounded before any alias is followed.
+    """Parse YAML text, whose size is checked before any alias is expanded.
 
     Raises:
-        yaml.YAMLError: no YAML; one that is too large, also by its aliases, or too deep.
+        yaml.YAMLError: not YAML; too large, also after its aliases are expanded; nested too deeply.
     """
     if len(text) > _MOST_CHARACTERS:
         raise yaml.YAMLError(f"it has more than {_MOST_CHARACTERS:,} characters")
@@ -62,11 +62,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def _values(node: Any, sizes: dict[int, float]) -> float:
-    """Values below a node; one with aliases counts in each place."""
+    """The number of values below a node; a node with aliases counts in each place."""
     if not isinstance(node, yaml.CollectionNode):
         return 1
     if id(node) not in sizes:
-        sizes[id(node)] = float("inf")  # for an alias within itself
+        sizes[id(node)] = float("inf")  # for an alias inside its own node
         inner = node.value if isinstance(node, yaml.SequenceNode) else [one for pair in node.value for one in pair]
         sizes[id(node)] = 1 + sum(_values(one, sizes) for one in inner)
     return sizes[id(node)]
@@ -76,7 +76,7 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
     """Read a recipe and apply overrides `a.b=value`, whose values are YAML.
 
     Raises:
-        ZebraError: no file, no YAML; an unknown key, a wrong value or a contradiction (see `checked`).
+        ZebraError: no file, or not YAML; an unknown key, a wrong value or a contradiction (see `checked`).
     """
     check_regular_file(Path(path))
     try:
@@ -95,10 +95,10 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
 
 
 def as_recipe(recipe: R | str | os.PathLike[str], kind: type[R]) -> R:
-    """A recipe, or the one in a file.
+    """The recipe itself, or the one in a file.
 
     Raises:
-        ZebraError: as `read_recipe`.
+        ZebraError: neither a recipe of this class nor a path; what `read_recipe` raises.
     """
     if isinstance(recipe, kind):
         return recipe
@@ -111,7 +111,7 @@ def as_recipe(recipe: R | str | os.PathLike[str], kind: type[R]) -> R:
 
 
 def checked(tree: Any, kind: type[R], name: str) -> R:
-    """A tree of keys and values as a recipe; `name` is how an error calls it.
+    """Validate a tree of keys and values as a recipe; errors begin with `name`.
 
     Raises:
         ZebraError: an unknown key (with the nearest known one), a wrong value, a contradiction.
@@ -127,7 +127,7 @@ _MAYBE_FILES = ("tokenizer", "chat_template")
 
 
 def named_files(tree: Any, key: str = "") -> list[str]:
-    """The files, folders and globs that a recipe names, at any depth: the values of keys that hold such."""
+    """The files, folders and globs that a recipe names, at any depth: the values of the keys for files."""
     if isinstance(tree, dict):
         return [file for name, inner in tree.items() for file in named_files(inner, name)]
     if isinstance(tree, list | tuple):
@@ -144,7 +144,7 @@ def check_files(recipe: BaseModel) -> None:
     """Check that the files that a recipe names exist, without reading them.
 
     Raises:
-        ZebraError: as `find_files`.
+        ZebraError: what `find_files` raises.
     """
     find_files(named_files(recipe.model_dump()))
 
@@ -158,7 +158,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         inner = tree.get(parent, {})
         if not isinstance(inner, dict):
             raise ZebraError(f"the override {override!r} goes below {parent}, which is a value. See the recipe's keys.")
-        tree[parent] = dict(inner)  # an alias of YAML is one table in two places
+        tree[parent] = dict(inner)  # a copy: a YAML alias is one table in two places
         tree = tree[parent]
     try:
         tree[last] = parse_yaml(value)

@@ -1,12 +1,12 @@
 """One training, from its recipe to its results.
 
 run/recipe.yaml      the resolved recipe, and run/inputs.json beside it (zebra.train.directory)
-run/before.jsonl     results of the source, as it was and with its new stripes and rope, before any training
-run/checkpoints/     the Trainer's; a run resumes from those with the mark COMPLETE alone
+run/before.jsonl     results of the source before any training, unchanged and with its new stripes and rope
+run/checkpoints/     the Trainer's checkpoints; a run resumes only from those with the file COMPLETE
 run/model/           the trained checkpoint, loadable by plain transformers; run/model.json, digests of its files
 run/results.jsonl    all results, written last: a run that has it is done
 
-`adapt`, `tune` and `pretrain` say what differs: what the training starts from, and what it trains and is measured on.
+`adapt`, `tune` and `pretrain` add what differs: what the training starts from, and the data to train and evaluate on.
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ class Start(ABC):
 
     @property
     def name(self) -> str:
-        """The model in results."""
+        """The name of the model in results."""
         return str(Path(self.recipe.run) / "model")
 
     @property
     def rope(self) -> str | None:
-        """The change of rope, which results name after the layout."""
+        """The change of the rope, which results name after the layout; None without one."""
         return None
 
     def digests(self) -> dict[str, object]:
-        """Digests of what it reads besides the recipe's files, by name."""
+        """Digests, by name, of what it reads besides the recipe's files."""
         return {"tokenizer": tokenizer_digest(self.tokenizer)}
 
     def untrained(self) -> Iterator[tuple[PreTrainedModel, str | None]]:
-        """The models that are measured before training, each with its change of rope."""
+        """The models to evaluate before training, each with its change of the rope."""
         return iter(())
 
     @abstractmethod
     def build(self) -> PreTrainedModel:
-        """The model at the first step."""
+        """Build the model for the first step."""
 
     def restore(self, checkpoint: Path) -> PreTrainedModel:
-        """The model of one of the Trainer's checkpoints, which do not have what `config.json` cannot express."""
+        """Load one of the Trainer's checkpoints, and add what `config.json` cannot express."""
         model, local = load(checkpoint), local_attention_for(self.recipe)
         if local:
             set_local_attention(model, local)
@@ -75,34 +75,34 @@ class Start(ABC):
 
     @abstractmethod
     def export(self, model: PreTrainedModel, tokens: int) -> None:
-        """Write the trained model to `run/model`, atomically; `tokens` is how many it was trained on."""
+        """Write the trained model to `run/model`, atomically; `tokens` is the number of tokens trained on."""
 
     def exported(self) -> PreTrainedModel:
-        """The model of `run/model`."""
+        """Load the model of `run/model`."""
         return load(Path(self.recipe.run) / "model")
 
 
 @dataclass
 class TrainingData(ABC):
-    """What is trained and measured on: texts (`zebra.train.texts`) or conversations (`zebra.train.sft`)."""
+    """The data to train and evaluate on: texts (`zebra.train.texts`) or conversations (`zebra.train.sft`)."""
 
     recipe: Recipe
 
     @abstractmethod
     def trainer(self, model: PreTrainedModel, checkpoints: Path) -> Trainer:
-        """The Trainer that trains the model on it."""
+        """The Trainer that trains the model on these data."""
 
     @abstractmethod
     def evaluate(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
-        """Results of a model during training."""
+        """Evaluate a model during training."""
 
     def measure(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
-        """Results of a model before and after training."""
+        """Evaluate a model before and after training."""
         return self.evaluate(model, columns)
 
     @abstractmethod
     def composition(self, columns: dict[str, Any]) -> list[Result]:
-        """What the training data consist of."""
+        """Results that say what the training data consist of."""
 
 
 def run_recipe(
@@ -110,15 +110,16 @@ def run_recipe(
 ) -> list[Result]:
     """Run a recipe, from its newest complete checkpoint if it has one, and return its results (in the first process).
 
-    A recipe with more steps than the run began with continues it, if its learning rate does not depend on their number.
+    A recipe with more steps than the run began with continues the run, if neither its learning rate nor its data depend
+    on the number of steps.
 
     Args:
-        start_of: returns what the training starts from, given the run's directory, which is locked.
+        start_of: returns what the training starts from; it gets the run's directory, which is locked.
         read: reads the data; not called for a finished run.
 
     Raises:
-        ZebraError: a directory of another recipe or of other inputs; another process at work in it; a loss that is
-            not finite; what the arguments raise.
+        ZebraError: a directory of another recipe or of other inputs; another process that works in it; a loss that is
+            not finite; what `start_of` and `read` raise.
     """
     check_processes(recipe)
     with directory.locked_run(recipe) as run:
@@ -157,7 +158,7 @@ def run_recipe(
 
 
 def _before(run: Path, recipe: Recipe, start: Start, data: TrainingData) -> list[Result]:
-    """Results before training: measured once, then read."""
+    """The results before training: evaluated once, and read from the file after that."""
     file = run / "before.jsonl"
     if recipe.evaluate is None:
         return []
@@ -176,7 +177,7 @@ def _measured(name: str, model: PreTrainedModel, rope: str | None, data: Trainin
 
 
 def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any]) -> None:
-    """Train, unless the last step is there already, and write the trained checkpoint."""
+    """Train, unless there is a checkpoint of the last step, and write the trained model."""
     recipe = start.recipe
     last = run / "checkpoints" / f"checkpoint-{recipe.train.max_steps}"
     if is_intact(last):  # a kill came between the last step and the export
@@ -199,7 +200,7 @@ def _train(run: Path, start: Start, data: TrainingData, columns: dict[str, Any])
         with directory.writing(run):
             run_trainer(trainer, recipe, model, *callbacks)
         if recipe.parallel.shard > 1 and is_first_process():
-            del model, trainer  # a part of the weights; the checkpoint has all of them
+            del model, trainer  # it has only a shard of the weights; the checkpoint has all
             model = start.restore(last)
     if is_first_process():
         with directory.writing(run):

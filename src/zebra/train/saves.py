@@ -1,4 +1,4 @@
-"""The Trainer's checkpoints: which are whole, what is removed, and the one that SIGTERM asks for."""
+"""The Trainer's checkpoints: which are complete, which are removed, and the one that SIGTERM asks for."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from zebra.train.directory import COMPLETE
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has its mark, and every file the size that it had then."""
+    """Whether a checkpoint has its mark, and every file has the size that the mark records."""
     described = _read_mark(checkpoint)
     sizes = {name: one[0] for name, one in described.items()}
     return bool(described) and sizes == {name: one[0] for name, one in _described(checkpoint).items()}
 
 
 def is_intact(checkpoint: Path) -> bool:
-    """Whether a checkpoint is complete, and every file has the content that it had then."""
+    """Whether a checkpoint is complete, and every file has the digest that the mark records."""
     return is_complete(checkpoint) and _read_mark(checkpoint) == _described(checkpoint, with_digests=True)
 
 
 def remove_damaged(checkpoints: Path) -> None:
-    """Remove what a kill inside a save left, and the newest checkpoints that changed since they were saved."""
+    """Remove incomplete checkpoints, which a kill inside a save leaves, and the newest ones that changed since."""
     for checkpoint in checkpoints.glob("checkpoint-*"):
         if checkpoint.is_dir() and not is_complete(checkpoint):
             shutil.rmtree(checkpoint)
@@ -55,7 +55,7 @@ def _read_mark(checkpoint: Path) -> dict[str, list[Any]]:
 
 
 def _described(checkpoint: Path, *, with_digests: bool = False) -> dict[str, list[Any]]:
-    """Size and digest of each file but the mark."""
+    """The size and the digest of each file except the mark."""
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != COMPLETE]
     return {
         str(file.relative_to(checkpoint)): [file.stat().st_size, file_digest(file) if with_digests else ""]
@@ -68,7 +68,7 @@ def _whole_steps(checkpoints: Path) -> list[int]:
 
 
 def diverged(what: str, step: int, rate: float, checkpoints: Path) -> str:
-    """The error for a loss or weights that are not finite."""
+    """The error message for a loss or weights that are not finite."""
     steps = _whole_steps(checkpoints)
     newest = f"The newest finite checkpoint is that of step {max(steps)}." if steps else "No checkpoint was saved yet."
     return (
@@ -79,7 +79,7 @@ def diverged(what: str, step: int, rate: float, checkpoints: Path) -> str:
 
 @contextmanager
 def unreadable_states(checkpoint: str | None) -> Iterator[None]:
-    """The error for states of a checkpoint that are no tensors and numbers: transformers runs no code of a pickle."""
+    """Turn the errors for damaged states, or pickles with code, which transformers does not load, into one line."""
     try:
         yield
     except (pickle.UnpicklingError, EOFError, RuntimeError, CheckpointException) as error:
@@ -92,9 +92,10 @@ def unreadable_states(checkpoint: str | None) -> Iterator[None]:
 
 
 class Saves(TrainerCallback):
-    """Marks a finite checkpoint when all of it is written, and removes those of the fewest steps beyond a limit.
+    """Marks a finite checkpoint as complete when all of it is written, and keeps only the `limit` newest by step.
 
-    The Trainer writes in place, so a kill leaves broken ones. The mark has size and digest of each file: damage shows.
+    The Trainer writes in place, so a kill leaves incomplete ones. The mark has the size and the digest of each file, so
+    that damage is noticed.
     """
 
     def __init__(self, limit: int):
@@ -102,12 +103,12 @@ class Saves(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Remember the learning rate."""
-        self.rate = kwargs["optimizer"].param_groups[0]["lr"]  # the schedule has moved on when it is saved
+        self.rate = kwargs["optimizer"].param_groups[0]["lr"]  # at `on_save` the scheduler has already stepped
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Mark, and remove.
+        """Mark the checkpoint, and remove old ones.
 
         Raises:
             ZebraError: weights that are not finite.
@@ -117,29 +118,29 @@ class Saves(TrainerCallback):
         args.distributed_state.wait_for_everyone()
         if state.is_world_process_zero:
             where = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            sync(where.parent)  # its entry there too
+            sync(where.parent)  # the directory entry too
             atomic_write(where / COMPLETE, json.dumps(_described(where, with_digests=True), indent=2) + "\n")
             for step in sorted(_whole_steps(where.parent))[: -self.limit]:
                 shutil.rmtree(where.with_name(f"checkpoint-{step}"), ignore_errors=True)
 
 
 class EndsOnSignal(TrainerCallback):
-    """Saves a checkpoint and stops after the step in which SIGTERM came, to any of the processes.
+    """Saves a checkpoint and stops after the step in which any of the processes received SIGTERM.
 
-    transformers' own (`enable_jit_checkpoint`) saves inside a step, without `on_save`, and each process by itself.
+    transformers' `enable_jit_checkpoint` saves inside a step, without `on_save`, and each process on its own.
     """
 
     def __init__(self, received: list[int]):
         self.received, self.ended = received, False
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask the Trainer to save and to stop; the losses since the last log are logged before any end."""
+        """Ask the Trainer to save and to stop; before any end, log the losses since the last log."""
         if self._any_received(args):
             control.should_save = control.should_training_stop = True
         control.should_log |= control.should_training_stop
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """Note a signal that came in the last save, too."""
+        """Record whether a signal came, also during the last save."""
         self.ended = self._any_received(args)
 
     def _any_received(self, args: TrainingArguments) -> bool:

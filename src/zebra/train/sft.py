@@ -1,9 +1,9 @@
-"""Training on conversations: trl's SFTTrainer, measured by the loss on the answers of suites.
+"""Training on conversations: trl's SFTTrainer, evaluated by the loss on answers.
 
-trl's collator packs; the loss, the evaluation and the model card are ours. The sequences come ready, so trl prepares
-nothing. Its collator lays them end to end with positions that start again at each conversation, which keeps them apart
-in every layer. Its own fused head is replaced by `zebra.model.loss`: 8 times quicker on a CPU in a 30th of the memory,
-and as exact (docs/log.md); both read the states of answers alone on a GPU.
+The loss and the evaluation are zebra's, and trl's model card is left out. The sequences are packed already, so trl
+prepares nothing. Its collator concatenates the conversations with positions that start again at each, which keeps them
+apart in every layer. `zebra.model.loss` replaces its fused head: 8 times as fast on a CPU in a 30th of the memory, and
+as exact (docs/log.md); on a GPU both use only the hidden states of answers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from zebra.train.tune_recipe import TuneRecipe
 
 @dataclass(frozen=True)
 class TokenizedSource:
-    """The conversations of a source as tokens; `answers` (tokens,) marks those of the assistant."""
+    """The tokenised conversations of a source; `answers` (tokens,) marks the tokens of the assistant."""
 
     corpus: Corpus
     answers: NDArray[np.bool_]
@@ -54,7 +54,7 @@ class TokenizedSource:
 
 @dataclass(frozen=True)
 class AnswerSequences:
-    """Packed sequences as trl's collator reads them: tokens, labels on answers alone, lengths of the conversations."""
+    """Packed sequences for trl's collator: tokens, labels only on answers, and the lengths of the conversations."""
 
     packed: PackedSequences
     sources: Sequence[TokenizedSource]
@@ -80,7 +80,7 @@ class AnswerSequences:
         return kind_stats(kinds, self.packed.pieces[:, 2], answers)
 
     def _locate(self, document: int) -> tuple[TokenizedSource, int]:
-        """The source of a packed document, and which of its conversations it is."""
+        """The source of a packed document, and its index there."""
         selected = self.packed.documents
         assert isinstance(selected, SelectedDocuments)
         return self.sources[selected.sources[document]], int(selected.documents[document])
@@ -88,14 +88,14 @@ class AnswerSequences:
 
 @dataclass
 class ConversationTraining(TrainingData):
-    """A recipe's conversations as what a training trains and is measured on.
+    """A recipe's conversations, to train and evaluate on.
 
     Attributes:
-        sequences: to train on.
-        suites: conversations to measure on, by the name of their suite.
-        documents: of each of them a number, which is one for all on a document.
-        stats: what a mixture took of each source.
-        counts: conversations with each fault, and what was cut.
+        sequences: the sequences to train on.
+        suites: conversations to evaluate on, by the name of their suite.
+        documents: for each of these a number, the same for all conversations on one document.
+        stats: what a mixture took from each source.
+        counts: the numbers of conversations with each fault, and of what was cut.
     """
 
     recipe: TuneRecipe
@@ -107,14 +107,14 @@ class ConversationTraining(TrainingData):
     counts: dict[str, int]
 
     def trainer(self, model: PreTrainedModel, checkpoints: Path) -> SFTTrainer:
-        """trl's trainer, which trains on answers alone."""
+        """trl's trainer, which trains on answers only."""
         arguments = SFTConfig(
             **training_arguments(self.recipe, checkpoints),
             packing=True,
             packing_strategy="bfd",
             max_length=self.recipe.train.length,
             dataset_kwargs={"skip_prepare_dataset": True},
-            router_aux_loss_coef=0.0,  # a router's loss is no part of ours
+            router_aux_loss_coef=0.0,  # our loss has no auxiliary loss of a router
         )
         trainer = _AnswerTrainer(
             parallel=self.recipe.parallel,
@@ -142,9 +142,9 @@ class ConversationTraining(TrainingData):
         return results
 
     def composition(self, columns: dict[str, Any]) -> list[Result]:
-        """What a mixture took of each source, what is trained on by kind and length, and what the gate found.
+        """What a mixture took from each source, the training data by kind and length, and the faults by kind.
 
-        `position_from` and `position_to` bound the tokens of a conversation.
+        `position_from` and `position_to` are the bounds of a conversation's length in tokens.
         """
         columns = columns | {"length": self.recipe.train.length}
         by_kind = [
@@ -170,7 +170,7 @@ class ConversationTraining(TrainingData):
 
 
 def as_dataset(sequences: AnswerSequences) -> Dataset:
-    """The sequences as trl takes them, each built when it is read."""
+    """The sequences as a dataset for trl; each is built when it is read."""
 
     def build(batch: dict[str, list[int]]) -> dict[str, list[list[int]]]:
         chosen = [sequences[i] for i in batch["sequence"]]
@@ -189,11 +189,11 @@ class _AnswerTrainer(ParallelTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The mean loss of the answers' tokens, over all processes and passes of a step.
+        """The mean loss over the tokens of answers, over all processes and accumulation passes of a step.
 
         Args:
             inputs: `input_ids`, `labels` and `position_ids`, (B, T) each; tokens outside answers have the label -100.
-                Of shards also what `shard_batch` adds.
+                With split sequences also what `shard_batch` adds.
 
         Returns:
             A scalar.
@@ -210,4 +210,4 @@ class _AnswerTrainer(ParallelTrainer, SFTTrainer):
         return total * shares / count
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the checkpoint keeps its own card."""
+        """Do nothing: the checkpoint keeps its own model card."""

@@ -1,4 +1,4 @@
-"""A training that starts from a checkpoint: its config with new stripes and rope, its weights, and what is written."""
+"""A training that starts from a checkpoint: its config with new stripes and rope, its weights, and its export."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ from zebra.train.trainer import check_machine, trainable_config
 def read_source(
     recipe: CheckpointRecipe, trust_remote_code: bool = False
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """The config to train, with its stripes, its rope and a sufficient length, and the tokenizer.
+    """The config to train, with the recipe's stripes and rope and a sufficient length, and the tokenizer.
 
     Args:
-        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
+        trust_remote_code: allow a tokenizer that is Python code in the checkpoint.
 
     Raises:
-        ZebraError: no GPU where the recipe needs one; no checkpoint, a damaged one; what `adapted_config` and
+        ZebraError: no GPU where the recipe needs one; no checkpoint, or a damaged one; what `adapted_config` and
             `lora.check_targets` raise.
     """
     check_machine(recipe.train)
@@ -66,7 +66,7 @@ def adapted_config(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTra
     """The config to train, from that of the source.
 
     Raises:
-        ZebraError: a layout or a rope that does not fit, a router that needs a loss of its own.
+        ZebraError: a layout or a rope that does not fit; quantised weights, or a router's auxiliary loss.
     """
     if recipe.stripes is not None:
         config = with_stripes(config, Stripes.parse(recipe.stripes))
@@ -86,10 +86,10 @@ def adapted_config(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTra
 
 @dataclass
 class CheckpointStart(Start):
-    """A training of `recipe.model`, all of it or low-rank updates.
+    """A start from the checkpoint `recipe.model`, to train in full or with LoRA.
 
     Attributes:
-        finish: changes the trained model before it is written; returns further files to write, name to text.
+        finish: changes the trained model before it is written; returns the texts of further files, by name.
     """
 
     recipe: CheckpointRecipe
@@ -97,20 +97,20 @@ class CheckpointStart(Start):
 
     @property
     def name(self) -> str:
-        """The checkpoint."""
+        """The path or name of the checkpoint."""
         return self.recipe.model
 
     @property
     def rope(self) -> str | None:
-        """The recipe's."""
+        """The recipe's change of the rope."""
         return self.recipe.rope
 
     def digests(self) -> dict[str, object]:
-        """Of the source's files, its tokenizer's among them."""
+        """Digests of the source's files, including its tokenizer's."""
         return {"source": checkpoint_digests(self.recipe.model)}
 
     def untrained(self) -> Iterator[tuple[PreTrainedModel, str | None]]:
-        """The source as it was, and with its new stripes and rope where those change it."""
+        """The unchanged source, and the source with its new stripes and rope if these change it."""
         source = load(self.recipe.model)
         layout = loaded_layout_name(source)
         yield source, None
@@ -119,28 +119,28 @@ class CheckpointStart(Start):
             yield load(self.recipe.model, stripes=self.recipe.stripes, rope=self.rope), self.rope
 
     def build(self) -> PreTrainedModel:
-        """The source with its new config, with updates where the recipe has them."""
+        """The source with its new config, wrapped with LoRA if the recipe says so."""
         model, low_rank = self._source(), self.recipe.lora
         return model if low_rank is None else lora.wrap(model, low_rank, seed=self.recipe.train.seed)
 
     def restore(self, checkpoint: Path) -> PreTrainedModel:
-        """The model of a checkpoint; of low-rank updates the source with those."""
+        """Load a checkpoint of the Trainer; with LoRA, the source with that adapter."""
         return super().restore(checkpoint) if self.recipe.lora is None else lora.reload(self._source(), checkpoint)
 
     def export(self, model: Any, tokens: int) -> None:
         """Write `run/model`, atomically, in the source's dtype.
 
-        Low-rank updates are added to the source's weights with `lora.merge`; otherwise they are written as an adapter
-        of the converted source in `run/base`. Both are loaded again and compared with what was trained.
+        With `lora.merge` an adapter is merged into the source's weights; otherwise it is written as an adapter of the
+        converted source in `run/base`. With LoRA, what was written is loaded and compared with the trained model.
 
         Raises:
-            ZebraError: what was written differs from what was trained.
+            ZebraError: the logits of the written and the trained model differ.
         """
         run, source, low_rank = Path(self.recipe.run), Path(self.recipe.model), self.recipe.lora
         files_of_source = as_directory(source)
         dtype, trained = stored_dtype(files_of_source), model
         base = run / "base" if low_rank is not None and not low_rank.merge else None
-        # In float32 the model may not fit where it was trained.
+        # On the CPU: in float32 the model may not fit on the device where it was trained.
         expected = None if low_rank is None else _logits(trained.to("cpu", torch.float32))
         if base is not None:
             model = trained.get_base_model()
@@ -148,11 +148,11 @@ class CheckpointStart(Start):
             model = self._source(torch.float32)
             lora.add_updates(model, trained)
         files, config, local = self.finish(model), model.config, local_attention_of(model)
-        config.use_cache = read_config(source).use_cache  # the Trainer turns it off for itself
+        config.use_cache = read_config(source).use_cache  # the Trainer turns it off
         if base is not None:
-            shutil.rmtree(base, ignore_errors=True)  # of a killed export
+            shutil.rmtree(base, ignore_errors=True)  # from a killed export
             write_converted(source, base, config, local)
-            # As the recipe names it, so that a project can move; "./", or it could be a name in the hub.
+            # The path as in the recipe, so that a project can move; with "./", or it could be a model id of the Hub.
             name = str(base) if base.is_absolute() else f"./{base}"
             trained.peft_config["default"].base_model_name_or_path = name
         with atomic_directory(run / "model") as staging:
@@ -172,14 +172,14 @@ class CheckpointStart(Start):
                 _check_written(written, expected, tolerance)
 
     def exported(self) -> PreTrainedModel:
-        """The model of `run/model`, with an adapter merged."""
+        """Load the model of `run/model`; an adapter is merged."""
         if self.recipe.lora is None or self.recipe.lora.merge:
             return super().exported()
         run = Path(self.recipe.run)
         return lora.reload(load(run / "base"), run / "model").merge_and_unload()
 
     def _source(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The source with its new config; in the dtype in which it is trained without another."""
+        """Load the source with its new config, in `dtype` or else in the dtype of training."""
         model = load(
             self.recipe.model,
             stripes=self.recipe.stripes,
@@ -187,7 +187,7 @@ class CheckpointStart(Start):
             dtype=dtype or getattr(torch, self.recipe.lora.base_dtype if self.recipe.lora else "float32"),
             attention_dropout=self.config.attention_dropout,
         )
-        # Only now: the rope was computed from what they were.
+        # Only after loading, which computes the rope from the old values.
         model.config.max_position_embeddings = self.config.max_position_embeddings
         model.config.rope_parameters = self.config.rope_parameters
         return model

@@ -1,11 +1,10 @@
-"""The memory of a recipe's step on one device, before it is run.
+"""Estimate the memory of a training step on one device, before it is run.
 
     weights + gradients + the optimiser's moments + activations + a chunk of logits
 
 Weights, gradients and moments are counted exactly. Activations are *measured*: one global and one local layer of the
-model's real widths run here over a few tokens, and what autograd saves is counted; it grows in proportion to the
-tokens, in every kernel of ours. What an allocator wastes, a backward pass computes on the way, and a launcher's buffers
-are not in it.
+model's real widths run here over a few tokens, and what autograd saves is counted. It grows linearly with the tokens in
+all of zebra's kernels. Fragmentation, temporary tensors of the backward pass and buffers of a launcher are not counted.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ from zebra.train.recipe import CheckpointRecipe, Lora, Recipe
 _Recipe = TypeVar("_Recipe", bound=Recipe)
 
 _PROBE = 64
-"""Tokens over which activations are measured."""
+"""The shorter of the two lengths, in tokens, at which activations are measured."""
 USABLE = 0.75
-"""The share of a device's memory that an estimate may fill. A low-rank step of SmolLM2-135M took 1.2 times its own."""
+"""The share of a device's memory that an estimate may fill. A LoRA step of SmolLM2-135M took 1.2 times its estimate."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """The memory of one device in a step: parameters, those that are trained, and bytes by part."""
+    """The memory of one device in a step: the numbers of all and of trained parameters, and bytes by part."""
 
     parameters: int
     trained: int
@@ -54,16 +53,16 @@ class StepMemory:
 
 
 def step_memory(recipe: Recipe, config: PreTrainedConfig) -> StepMemory:
-    """Estimate a step of a model with this config, without its weights."""
+    """Estimate a step of a model with this config; its weights are not read."""
     parameters, trained, weights = _weights(recipe, config)
     return StepMemory(parameters, trained, weights | _activations(recipe, config))
 
 
 def resolve_checkpointing(recipe: _Recipe, config: PreTrainedConfig) -> _Recipe:
-    """The recipe with `train.activation_checkpointing` on or off: `auto` is on where a step does not fit without it.
+    """The recipe with `train.activation_checkpointing` on or off: `auto` is on if a step does not fit without it.
 
-    A step fits where its estimate is at most `USABLE` of the memory of the device, of which processes on one CPU have a
-    part each. It depends on nothing else, so that all processes of a training come to the same.
+    A step fits if its estimate is at most `USABLE` of the device's memory; processes on one CPU share that equally. It
+    depends on nothing else, so all processes of a training decide alike.
     """
     if recipe.train.activation_checkpointing != "auto":
         return recipe
@@ -83,7 +82,7 @@ def _with_checkpointing(recipe: _Recipe, checkpointing: bool) -> _Recipe:
 
 
 def _weights(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, dict[str, int]]:
-    """Parameters, those that are trained, and bytes by part."""
+    """The numbers of all and of trained parameters, and bytes by part."""
     with torch.device("meta"):
         model: Any = model_class(config)(config)
         count = sum(p.numel() for p in model.parameters())
@@ -96,7 +95,7 @@ def _weights(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, dict[s
         "gradients": 4 * trained,
         "Muon and AdamW" if one_moment else "AdamW": 8 * trained - 4 * one_moment,
     }
-    if (shards := weight_shards(recipe)) > 1:  # two layers are whole at a time: one computes, one is fetched
+    if (shards := weight_shards(recipe)) > 1:  # two layers are gathered at a time: one computes, one is prefetched
         layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in decoder_layers(model)]
         gathered = memory["weights"] - sum(layers) + 2 * max(layers)
         memory = {name: -(-size // shards) for name, size in memory.items()} | {"weights gathered": gathered}
@@ -104,20 +103,20 @@ def _weights(recipe: Recipe, config: PreTrainedConfig) -> tuple[int, int, dict[s
 
 
 def weight_shards(recipe: Recipe) -> int:
-    """Processes over which weights are split."""
+    """The number of processes over which weights are sharded."""
     return recipe.parallel.shard * recipe.parallel.sequence if recipe.parallel.shard > 1 else 1
 
 
 def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
-    """Bytes that autograd keeps for the backward of one forward pass on one device.
+    """Bytes that autograd saves in one forward pass on one device, by part.
 
-    With activation checkpointing that is each layer's input, and one layer's own while it is run again. Autocast
-    keeps a bfloat16 copy of each float32 weight that it met.
+    With activation checkpointing these are each layer's input, and the activations of one layer while it is recomputed.
+    Autocast keeps a bfloat16 copy of each float32 weight that it used.
     """
     length = Shards(recipe.train.length, recipe.parallel.sequence).length
     tokens = length * recipe.train.per_device_train_batch_size
     kinds, low = layer_kinds(config), _lora(recipe)
-    # The residual stream is as wide as the embeddings, which autocast leaves alone.
+    # The residual stream has the dtype of the embeddings, which autocast does not change.
     half = low is not None and low.base_dtype == "bfloat16" and "embeddings" not in low.modules_to_save
     saved = {kind: _saved_by_a_layer(recipe, config, kind if kind == GLOBAL else LOCAL) for kind in set(kinds)}
     cast, checkpointing = [saved[kind][1] for kind in kinds], recipe.train.activation_checkpointing is True
@@ -133,7 +132,7 @@ def _activations(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
 
 
 def _extra_saved(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
-    """What a layer of another kind than global and local keeps beyond a local one: its layout counts it."""
+    """Bytes that a layer of another kind than global and local saves beyond a local one, as its layout counts them."""
     stripes = stripes_of(config)
     if stripes is None or kind not in stripes.orders:
         return 0
@@ -144,7 +143,7 @@ def _extra_saved(recipe: Recipe, config: PreTrainedConfig, kind: str) -> int:
 
 
 def _split(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
-    """What processes that split sequences keep besides."""
+    """Bytes that splitting sequences adds, by part."""
     shared = recipe.parallel
     if shared.sequence == 1:
         return {}
@@ -156,7 +155,7 @@ def _split(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
 
 
 def planned_step(recipe: Recipe, decoder: Decoder, stripes: Stripes | None) -> Run:
-    """The forward and the backward pass of one device's batch, for the plan."""
+    """The forward and backward pass of one device's batch, as a run that `zebra.plan` estimates."""
     train = recipe.train
     return Run(
         decoder=decoder,
@@ -170,7 +169,7 @@ def planned_step(recipe: Recipe, decoder: Decoder, stripes: Stripes | None) -> R
 
 
 def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tuple[int, int]:
-    """Bytes for each token, and bytes whatever the tokens: what a second layer adds, at two lengths."""
+    """Bytes per token, and constant bytes, that a layer saves: what a second layer adds, at two lengths."""
     low = _lora(recipe)
     totals = []
     for layers in (1, 2):
@@ -185,7 +184,7 @@ def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tu
             dtype = getattr(torch, low.base_dtype) if low else torch.float32
             model: Any = model_class(small)._from_config(small, attn_implementation=NAME, dtype=dtype)
         model = model.to_empty(device="cpu").train()
-        model.tie_weights()  # of which `to_empty` made two
+        model.tie_weights()  # `to_empty` has made two tensors of tied ones
         if low is not None:
             model = lora.wrap(model, low, seed=0)
         for tokens in (_PROBE, 2 * _PROBE):
@@ -199,10 +198,10 @@ def _saved_by_a_layer(recipe: Recipe, config: PreTrainedConfig, kind: str) -> tu
 
 @contextmanager
 def saved_storages(model: torch.nn.Module) -> Iterator[dict[int, int]]:
-    """Storages that autograd saves, the parameters' own left out: address to bytes."""
+    """The storages that autograd saves, except the parameters': address to bytes."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, int] = {}
-    alive: list[Tensor] = []  # an address is not used again while its tensor lives
+    alive: list[Tensor] = []  # keeps tensors alive, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -1,6 +1,6 @@
-"""Training on texts: the Trainer with the language loss, measured by perplexity by position.
+"""Training on texts: the Trainer with the language modelling loss, evaluated by perplexity by position.
 
-The texts are tokenised, deduplicated, mixed or taken whole, and packed into sequences; some are held out.
+The texts are tokenised, deduplicated, mixed or used as they are, and packed into sequences; some may be held out.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from zebra.train.trainer import check_loss, optimizer_of, training_arguments
 
 @dataclass
 class TextTraining(TrainingData):
-    """A recipe's texts as what a training trains and is measured on.
+    """A recipe's texts, to train and evaluate on.
 
     Attributes:
-        sequences: to train on.
-        held_out: documents to measure on; None where nothing is measured.
-        prefix: tokens that begin each window of them.
-        stats: what a mixture took of each source.
+        sequences: the sequences to train on.
+        held_out: documents to evaluate on; None without an evaluation.
+        prefix: tokens that begin each window of these documents.
+        stats: what a mixture took from each source.
     """
 
     recipe: TextRecipe
@@ -60,7 +60,7 @@ class TextTraining(TrainingData):
     stats: list[SourceStats]
 
     def trainer(self, model: PreTrainedModel, checkpoints: Path) -> Trainer:
-        """The Trainer; sequences come in random order, but those that grow over the training in theirs."""
+        """The Trainer. Sequences come in random order, but with recall, whose documents grow, in their own order."""
         arguments = training_arguments(self.recipe, checkpoints)
         if isinstance(self.sequences, RecallDataset):
             arguments["train_sampling_strategy"] = "sequential"
@@ -82,7 +82,7 @@ class TextTraining(TrainingData):
         return trainer
 
     def evaluate(self, model: PreTrainedModel, columns: dict[str, Any], length: int | None = None) -> list[Result]:
-        """The perplexity of the held-out text by position, in contexts of `evaluate.length` or another length."""
+        """Perplexity of the held-out text by position, in contexts of `length` tokens (`evaluate.length` if None)."""
         evaluation = self.recipe.evaluate
         assert evaluation is not None
         assert self.held_out is not None
@@ -99,7 +99,7 @@ class TextTraining(TrainingData):
         return results_of(scores, length, task_name(evaluation.convention, self.prefix), **columns)
 
     def measure(self, model: PreTrainedModel, columns: dict[str, Any]) -> list[Result]:
-        """The perplexity by position, how fast the model read, the perplexity beyond, and that of recall."""
+        """Perplexity by position at `evaluate.length` and `beyond`, that of recall, and the speed of the evaluation."""
         evaluation = self.recipe.evaluate
         assert evaluation is not None
         start = time.perf_counter()
@@ -115,7 +115,7 @@ class TextTraining(TrainingData):
         return [*results, Result(task="speed", metric="evaluation_tokens_per_second", value=speed, **columns)]
 
     def recall(self, model: PreTrainedModel, columns: dict[str, Any], length: int) -> list[Result]:
-        """The perplexity of what documents of recall look up; positions of these results are distances."""
+        """Perplexity of the values that documents of recall look up; the positions of these results are distances."""
         evaluation = self.recipe.evaluate
         assert evaluation is not None
         assert evaluation.recall is not None
@@ -130,15 +130,16 @@ class TextTraining(TrainingData):
         return results_of(scores, length, "recall-lookup", **columns)
 
     def composition(self, columns: dict[str, Any]) -> list[Result]:
-        """What a mixture took of each source."""
+        """What a mixture took from each source."""
         return source_results(self.stats, length=self.recipe.train.length, **columns)
 
 
 def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTraining:
-    """Read, choose and pack the texts of a recipe, and print what a mixture consists of.
+    """Read, select and pack the texts of a recipe, and print what they consist of.
 
     Raises:
-        ZebraError: a text that cannot be read, a source with nothing to train on, a text shorter than a step.
+        ZebraError: a text that cannot be read, a source with nothing to train on, less text than one step needs,
+            `append_eos` without an end-of-text token, a `recall.first` too short for a document.
     """
     data, train, evaluation = recipe.data, recipe.train, recipe.evaluate
     if data.append_eos and tokenizer.eos_token_id is None:
@@ -157,7 +158,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
     packing: dict[str, Any] = {"join": data.join, "seed": train.seed}
     mixture = mix(splits, sequences_of_training(recipe), train.length, **packing) if data.sources else None
     text = mixture.sequences if mixture else pack(select(splits), train.length, **packing)
-    # A mixture repeats its sources until its sequences are full.
+    # A mixture repeats its sources to fill its sequences, so its text is counted.
     check_step(recipe, sum(split.tokens for split in splits) // train.length if mixture else len(text))
     sequences = text if data.recall is None else _with_recall(recipe, data.recall, tokenizer, text)
     if mixture and isinstance(sequences, RecallDataset):
@@ -175,7 +176,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
 
 
 def _print_composition(mixture: Mixture | None, files: SourceSplit) -> None:
-    """What is trained on: a mixture, or files without what was dropped of them."""
+    """Print what is trained on: a mixture, or files without what was dropped from them."""
     if mixture is not None:
         console.print(mixture_tables(mixture))
         return
@@ -190,7 +191,7 @@ def _held_out(
     tokenizer: PreTrainedTokenizerBase,
     splits: Sequence[SourceSplit],
 ) -> Corpus:
-    """The documents of the evaluation's files, or those that no sequence has."""
+    """The documents of the evaluation's files, or those held out from training."""
     if evaluation.files is None:
         held_out = select(splits, held_out=True).gathered()
     else:
@@ -205,7 +206,7 @@ def _held_out(
 def _with_recall(
     recipe: TextRecipe, recall: RecallSource, tokenizer: PreTrainedTokenizerBase, text: PackedSequences
 ) -> RecallDataset:
-    """Sequences of recall among those of text."""
+    """Mix sequences of recall with those of text."""
     train, documents = recipe.train, text.documents
     generator = RecallGenerator(tokenizer, (documents[i] for i in range(len(documents.lengths))))
     if recall.first < generator.min_tokens:
@@ -215,7 +216,7 @@ def _with_recall(
         )
     if recipe.evaluate and recipe.evaluate.recall:
         for length in filter(None, (recipe.evaluate.length, recipe.evaluate.beyond)):
-            generator.lookups(length, Random(0))  # fails here, and not after the training
+            generator.lookups(length, Random(0))  # fails here rather than after the training
     return RecallDataset(
         recall=generator,
         text=text,

@@ -1,9 +1,9 @@
-"""A tokenizer trained on a recipe's text: byte-level BPE, by the tokenizers library.
+"""Train a tokenizer on a recipe's text: byte-level BPE, by the tokenizers library.
 
     "told 4321 times" -> "told" " 432" "1" " times"     with numbers in groups of up to three digits
 
-Words keep the space before them. A group of digits is never merged with its neighbours, so equal numbers are equal
-tokens everywhere.
+Words keep the space before them. A group of digits is never merged with its neighbours, so a number has the same tokens
+everywhere.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from zebra.train.recipe import NewTokenizer, PretrainRecipe
 
 END = "<|endoftext|>"
 _MOST_CHARACTERS = 2_000_000
-"""Of generated text: enough for a token of its own for every group of digits."""
+"""The most characters of generated text: enough for every group of digits to become a token."""
 
 
 def train_tokenizer(texts: Iterable[str], settings: NewTokenizer) -> PreTrainedTokenizerBase:
-    """A tokenizer of `settings.vocab_size` tokens; its end-of-text token is its BOS token too.
+    """Train a tokenizer of `settings.vocab_size` tokens; its end-of-text token is also its BOS token.
 
     Raises:
-        ZebraError: texts that give fewer; one text in place of several.
+        ZebraError: texts that give fewer tokens; one text in place of several.
     """
     if isinstance(texts, str):
         raise ZebraError(f"a tokenizer is trained on a list of texts; got one text of {len(texts):,} characters.")
@@ -63,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], settings: NewTokenizer) -> PreTrainedT
 def tokenizer_texts(recipe: PretrainRecipe) -> Iterator[str]:
     """The documents that a recipe trains on, and generated ones in their share; the same for every seed.
 
-    So trainings by several seeds can be compared token by token.
+    Training runs with different seeds can therefore be compared token by token.
     """
     data, characters = recipe.data, 0
     for source in data.by_source:
@@ -86,12 +86,12 @@ _LETTERS = 4096
 
 
 class Letters:
-    """A tokenizer before there is one: a token is a letter."""
+    """A substitute for a tokenizer that does not exist yet: each character is a token."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Text to the numbers of its letters."""
+        """The code points of a text."""
         return [ord(letter) for letter in text]
 
     def decode(self, token_ids: list[int], **options: object) -> str:
-        """Numbers to letters."""
+        """The text of code points."""
         return "".join(map(chr, token_ids))

@@ -1,7 +1,7 @@
 """The Hugging Face Trainer, as every training uses it: its arguments, its checkpoints, its progress bar.
 
-Only its loss and its evaluation are replaced (`zebra.train.texts`, `zebra.train.sft`); accumulation, DDP and token
-counting are the Trainer's.
+Only its loss and its evaluation are replaced (`zebra.train.texts`, `zebra.train.sft`); gradient accumulation, DDP and
+token counting are the Trainer's.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def check_machine(train: Training) -> None:
 
 
 def trainable_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
-    """The config as it is trained: without dropout of attention weights, which no kernel has.
+    """The config to train: without attention dropout, which no kernel supports.
 
     Raises:
-        ZebraError: quantised weights, or a router that needs a loss of its own.
+        ZebraError: quantised weights, or a router's auxiliary loss.
     """
     if (method := quantization_of(config)) is not None:
         raise ZebraError(
@@ -78,11 +78,12 @@ def trainable_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
 
 
 def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callbacks: TrainerCallback) -> None:
-    """Train from the newest whole checkpoint of the Trainer's directory, with a progress bar.
+    """Train from the newest complete checkpoint in the Trainer's directory, with a progress bar.
 
     Raises:
         ZebraError: one process that sees several GPUs; a loss or weights that are not finite; a step that does not fit
-            into memory.
+            into memory; states of a checkpoint that cannot be read; another process that ended.
+        Terminated: SIGTERM came; the step is saved.
     """
     checkpoints = Path(trainer.args.output_dir)
     if trainer.args.n_gpu > 1:
@@ -100,7 +101,7 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
         states, saves = ShardedStates(newest, recipe.parallel.shard > 1), Saves(recipe.train.save_total_limit)
         ending = EndsOnSignal(received)
         own = states, saves, _ShowProgress(advance), ending
-        for callback in (*own, *callbacks):  # an evaluation is no time of a step
+        for callback in (*own, *callbacks):  # evaluations last: their time does not count as a step's
             trainer.add_callback(callback)
         with (
             _tied_weights_expected(model),
@@ -114,14 +115,14 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
         step, of = trainer.state.global_step, recipe.train.max_steps
         raise Terminated(f"terminated at step {step} of {of}, which is saved; the same command goes on from there.")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # its forward ran under autocast
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # removes autocast from its forward
 
 
 def check_loss(loss: Tensor, trainer: Trainer) -> None:
-    """Check a loss before the step that would spoil the weights.
+    """Check that a loss is finite, before a step would ruin the weights.
 
     Raises:
-        ZebraError: it is not finite; at the first step the error says what of the source is not.
+        ZebraError: it is not; at the first step the error names what in the model is not finite.
     """
     if not trainer.state.global_step:
         check_finite(loss, trainer.accelerator.unwrap_model(trainer.model))
@@ -132,7 +133,7 @@ def check_loss(loss: Tensor, trainer: Trainer) -> None:
 
 @contextmanager
 def _memory_errors(recipe: Recipe) -> Iterator[None]:
-    """Turn what torch raises when a step does not fit into memory into one line with the remedies."""
+    """Turn torch's error for a step that does not fit into memory into one line with remedies."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -155,7 +156,7 @@ def _memory_errors(recipe: Recipe) -> Iterator[None]:
 
 @contextmanager
 def _lost_processes() -> Iterator[None]:
-    """Turn what a collective raises when another process ended into one line; the launcher's report names its rank."""
+    """Turn a collective's error after another process ended into one line; the launcher's report names its rank."""
     try:
         yield
     except RuntimeError as error:
@@ -169,7 +170,7 @@ def _lost_processes() -> Iterator[None]:
 
 @contextmanager
 def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
-    """Keep the Trainer from warning that a tied weight, which is saved once, is missing from its checkpoint."""
+    """Silence the Trainer's warning that a tied weight, which is saved once, is missing from its checkpoint."""
     expected = f"{sorted(model.all_tied_weights_keys)}."
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -185,22 +186,22 @@ def _tied_weights_expected(model: PreTrainedModel) -> Iterator[None]:
 
 
 def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
-    """The `TrainingArguments` of a recipe: those keys of `train` that have its names, and what follows from others."""
+    """The `TrainingArguments` of a recipe: keys of `train` with the same names, and what follows from the others."""
     train, known = recipe.train, {field.name for field in fields(TrainingArguments)}
     arguments = {name: value for name, value in train.model_dump().items() if name in known}
     checkpointing = "activation_checkpointing"
-    if checkpointing not in known:  # its name up to transformers 5.17
+    if checkpointing not in known:  # up to transformers 5.17 it has another name
         checkpointing = "gradient_checkpointing"
         arguments[checkpointing] = train.activation_checkpointing
     if train.activation_checkpointing:
         arguments[f"{checkpointing}_kwargs"] = {"use_reentrant": False}  # trl's default is True
     return arguments | {
         "output_dir": str(checkpoints),
-        "ddp_find_unused_parameters": False,  # all have gradients: a layer's experts are one tensor
+        "ddp_find_unused_parameters": False,  # all have gradients, as a layer's experts are one tensor
         "use_cpu": not torch.cuda.is_available(),
         "data_seed": train.seed,
-        "save_only_model": recipe.parallel.shard > 1,  # the rest is written by `ShardedStates`
-        "save_total_limit": None,  # the Trainer removes the oldest by the clock, which may be set back: `Saves` does
+        "save_only_model": recipe.parallel.shard > 1,  # `ShardedStates` writes the rest
+        "save_total_limit": None,  # `Saves` removes old ones: the Trainer goes by the clock, which may be set back
         "include_num_input_tokens_seen": "all",
         "train_sampling_strategy": "random",
         "report_to": "none",
@@ -211,7 +212,7 @@ def training_arguments(recipe: Recipe, checkpoints: Path) -> dict[str, Any]:
 
 
 def optimizer_of(train: Training) -> tuple[Any, dict[str, Any]] | None:
-    """The optimiser as the Trainer takes it; None for its own."""
+    """The optimiser in the form that the Trainer takes; None for the Trainer's own AdamW."""
     if train.optimizer == "adamw":
         return None
     return muon, {
@@ -222,13 +223,13 @@ def optimizer_of(train: Training) -> tuple[Any, dict[str, Any]] | None:
 
 
 class Evaluation(TrainerCallback):
-    """Measures the model every so many steps and after the last; the Trainer's history, and so checkpoints, has it."""
+    """Evaluates the model every `steps` steps and after the last; the results go into the Trainer's log history."""
 
     def __init__(self, steps: int, evaluate: Callable[[PreTrainedModel, int], list[Result]]):
         self.steps, self.evaluate = steps, evaluate
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Measure and print."""
+        """Evaluate and print, if it is time."""
         if state.global_step % self.steps and state.global_step < state.max_steps:
             return
         results = self.evaluate(kwargs["model"], state.global_step)
@@ -240,7 +241,7 @@ class Evaluation(TrainerCallback):
 
 
 class _ShowProgress(TrainerCallback):
-    """Advances the progress bar; without a terminal, prints a line for each log."""
+    """Advances the progress bar; without a terminal, prints a line at each log."""
 
     def __init__(self, advance: Callable[..., None]):
         self.advance = advance

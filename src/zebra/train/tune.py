@@ -1,6 +1,6 @@
-"""Long instruction tuning (LIT, Zebra section 4): a checkpoint trained on the answers of short and long conversations.
+"""Long instruction tuning (LIT, Zebra section 4): train a checkpoint on the answers of short and long conversations.
 
-The checkpoint that is written has its chat template.
+The written checkpoint has its chat template.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ except ImportError as error:
 
 
 def tune(recipe: TuneRecipe | str | os.PathLike[str], *, trust_remote_code: bool = False) -> list[Result]:
-    """Run a recipe, or the one in a file, and return its results; an interrupted run resumes.
+    """Run instruction tuning and return its results; an interrupted run resumes.
 
     Args:
-        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
+        recipe: the recipe, or the path of its file.
+        trust_remote_code: allow a tokenizer that is Python code in the checkpoint.
 
     Raises:
-        ZebraError: as `read_recipe`; before any training, a checkpoint, a chat template or conversations that cannot be
-            used, or a run directory of another recipe; during it, a loss that is not finite.
+        ZebraError: what `read_recipe` raises; before any training, a checkpoint, a chat template or conversations that
+            cannot be used, or a run directory of another recipe; during it, a loss that is not finite.
     """
     settings = as_recipe(recipe, TuneRecipe)
     config, tokenizer = read_source(settings, trust_remote_code)
@@ -50,13 +51,13 @@ _CHANGED_BY_TRL = ("pad_token_id", "bos_token_id", "eos_token_id", "router_aux_l
 
 
 def _finish(recipe: TuneRecipe, model: PreTrainedModel, config: PreTrainedConfig, chat: Chat) -> dict[str, str]:
-    """Undo what trl wrote into the configs, stop generation where answers end, and return the template's file."""
+    """Undo trl's changes of the config, make generation stop where answers end, and return the template's file."""
     for name in _CHANGED_BY_TRL:
         if hasattr(config, name):
             setattr(model.config, name, getattr(config, name))
     try:
         generation = GenerationConfig.from_pretrained(as_directory(recipe.model))
-    except OSError:  # the source has none: its class makes one of the config
+    except OSError:  # the source has no generation_config.json
         generation = GenerationConfig.from_model_config(config)
     ends = generation.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]

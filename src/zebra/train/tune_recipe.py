@@ -1,4 +1,4 @@
-"""The recipe of instruction tuning: that of an adaptation, with conversations in the place of texts."""
+"""The recipe of instruction tuning: like that of an adaptation, but with conversations in place of texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zebra.train.recipe import (
 
 
 class QualityChecks(RecipeSection):
-    """The gate that conversations pass before they are trained on; see `zebra.data.quality`."""
+    """The checks that conversations must pass before training; see `zebra.data.quality`."""
 
     act: Literal["drop", "flag", "off"] = Field(default="drop", description="what becomes of one with a fault")
     leaks: list[str] | None = Field(default=None, min_length=1, description="files not to be trained on, as the suites")
@@ -35,7 +35,7 @@ class QualityChecks(RecipeSection):
 
 
 class ConversationData(RecipeSection):
-    """The conversations: files, each conversation once, or a mixture of sources that fills the training's sequences."""
+    """The conversations: files, each conversation once per epoch, or a mixture of sources that fills all sequences."""
 
     files: list[str] | None = Field(None, min_length=1)
     sources: list[MixtureSource] | None = Field(None, min_length=1)
@@ -52,19 +52,19 @@ class ConversationData(RecipeSection):
 
     @property
     def by_source(self) -> list[MixtureSource]:
-        """The sources of the mixture; files alone are one source, which has all tokens."""
+        """The sources of the mixture; `files` are a single source with all tokens."""
         return self.sources or [MixtureSource(name="instructions", share=1.0, files=self.files or [])]
 
 
 class Suite(RecipeSection):
-    """Conversations to measure on, such as short ones, or long ones."""
+    """Conversations to evaluate on, such as short ones or long ones."""
 
     name: str
     files: list[str] = Field(min_length=1)
 
 
 class AnswerEvaluation(EvaluationSchedule):
-    """The loss on answers before, during and after: on suites of their own, or on what data holds out of a source."""
+    """The loss on answers before, during and after training, on suites or on held-out conversations of the sources."""
 
     suites: list[Suite] | None = Field(None, min_length=1)
 
@@ -85,7 +85,7 @@ class TuneRecipe(CheckpointRecipe):
 
     @property
     def suites(self) -> list[Suite]:
-        """The suites to measure on; none where held-out conversations are measured, or nothing."""
+        """The suites to evaluate on; empty if the evaluation uses held-out conversations, or if there is none."""
         return (self.evaluate and self.evaluate.suites) or []
 
     @model_validator(mode="after")
