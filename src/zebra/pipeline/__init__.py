@@ -1,1 +1,1 @@
-"""Several commands as one recipe: `recipe` reads its stages, `run` checks them and goes through them."""
+"""Several commands as one recipe: `recipe` reads its stages, `run` checks and performs them."""

@@ -1,4 +1,4 @@
-"""The recipe of a pipeline: stages in their order, each a command's own recipe or the arguments of its function."""
+"""The recipe of a pipeline: a sequence of stages, each the recipe of a command or the arguments of its function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zebra.train.tune_recipe import TuneRecipe
 
 
 class Convert(RecipeSection):
-    """A layout, or the arguments of `zebra.select`, which chooses one."""
+    """A conversion: a layout, or the arguments of `zebra.select`, which chooses one."""
 
     stripes: str | None = None
     select: dict[str, Any] | None = None
@@ -35,7 +35,7 @@ class Convert(RecipeSection):
 
 
 class Evaluate(RecipeSection):
-    """The arguments of the functions that measure a checkpoint, each that of the command of its name."""
+    """An evaluation: the arguments of the functions that measure a checkpoint, by the name of their command."""
 
     perplexity: dict[str, Any] | None = None
     retrieval: dict[str, Any] | None = None
@@ -49,12 +49,12 @@ class Evaluate(RecipeSection):
         return self
 
     def measures(self) -> dict[str, dict[str, Any]]:
-        """The arguments of each measurement that is there."""
+        """The arguments of each measurement that the recipe names."""
         return {name: arguments for name, arguments in self if arguments is not None}
 
 
 class Report(RecipeSection):
-    """A page of the results of all stages before it."""
+    """A report on the results of all stages before it."""
 
     title: str | None = None
 
@@ -68,9 +68,9 @@ KINDS: dict[str, type[RecipeSection]] = {
     "report": Report,
 }
 _CHECKPOINTS = {"convert": "striped", "adapt": "model", "tune": "model", "pretrain": "model"}
-"""Where in its folder a stage writes a checkpoint."""
+"""The name of the checkpoint that a stage writes in its folder."""
 _WRITTEN_LAST = {"convert": "striped", "evaluate": "results.jsonl"}
-"""What a stage writes last; where it is not here, its page."""
+"""What a stage writes last; for kinds not named here, report.html."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,10 @@ class Stage:
     """A stage of a pipeline.
 
     Attributes:
-        folder: where everything is that it writes.
-        source: the checkpoint that it begins with, and `after` the stage that writes it; None where there is none.
-        trust_remote_code: run a tokenizer that is Python code of the checkpoint's own.
+        folder: where it writes everything.
+        source: the checkpoint that it reads; None without one.
+        after: the stage that writes this checkpoint; None for the pipeline's `model`.
+        trust_remote_code: allow a tokenizer that is Python code in the checkpoint.
     """
 
     name: str
@@ -93,12 +94,12 @@ class Stage:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The checkpoint that it writes."""
+        """The checkpoint that it writes; None if it writes none."""
         return self.folder / _CHECKPOINTS[self.kind] if self.kind in _CHECKPOINTS else None
 
     @property
     def state(self) -> str:
-        """new, begun or done, by what it wrote, hidden files aside; a report is new each time."""
+        """`new`, `begun` or `done`, by what it wrote apart from hidden files; a report is always `new`."""
         names = [file.name for file in self.folder.glob("[!.]*")]
         if self.kind == "report" or not names:
             return "new"
@@ -106,7 +107,7 @@ class Stage:
 
 
 class Pipeline(RecipeSection):
-    """The stages by name, each a command's recipe or arguments; its kind is its name, or its `kind`."""
+    """Stages by name, each a command's recipe or arguments. A stage's kind is its key `kind`, or else its name."""
 
     run: str = Field(description="the folder of all stages")
     model: str | None = Field(None, description="the checkpoint that the first stages begin with")
@@ -116,11 +117,11 @@ class Pipeline(RecipeSection):
 def read_pipeline(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, trust_remote_code: bool = False
 ) -> list[Stage]:
-    """The stages of a pipeline's recipe.
+    """Read the stages of a pipeline from its recipe.
 
     Raises:
-        ZebraError: as `read_recipe`, for the pipeline and each of its stages; an unknown kind, an impossible order, a
-            launcher.
+        ZebraError: what `read_recipe` raises, for the pipeline and each of its stages; an unknown kind, an impossible
+            order, a launcher with several processes.
     """
     pipeline = read_recipe(path, Pipeline, overrides)
     if processes() > 1:
@@ -153,7 +154,7 @@ def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], b
 def _source(
     where: str, kind: str, section: dict[str, Any], model: str | None, before: dict[str, Stage]
 ) -> tuple[Path | None, str | None]:
-    """The checkpoint that a stage begins with, and the stage that writes it: the last one before it, or `from`."""
+    """The checkpoint that a stage reads, and the stage that writes it: `from`, or the last earlier one that does."""
     if kind in ("pretrain", "report"):
         return None, None
     writers = [name for name, stage in before.items() if stage.checkpoint]

@@ -1,9 +1,9 @@
-"""A pipeline: stages in their order, each performed once.
+"""Run a pipeline: stages in their order, each once.
 
     <run>/<stage>/                what the stage wrote: a checkpoint, results.jsonl, report.html
     <run>/<stage>/.inputs.json    its section of the recipe, digests of its checkpoint and of its files
 
-A stage that is done is skipped. One that was killed goes on where its command can. One with other inputs is rejected.
+A stage that is done is skipped. A killed stage resumes if its command can. A stage with other inputs is rejected.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ _RECORD = ".inputs.json"
 
 
 def plan(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Check the stages that are not done, and return the state of each.
+    """Check the stages that are not done, and return the state of each stage.
 
-    A stage whose checkpoint does not exist yet is checked on a placeholder: the files of its source, linked, under the
+    A stage whose checkpoint does not exist yet is checked on a placeholder: links to the files of the source, with the
     config that the stages before it will write.
 
     Raises:
-        ZebraError: what a command rejects before it works, except texts to train on that are too short; a stage whose
-            inputs changed since it began, or that was made from one that is not done.
+        ZebraError: what a command rejects before it works, except training texts that are too short; a stage whose
+            inputs changed since it began, or whose source stage is not done.
     """
     placeholders: dict[str | None, Path] = {}
     with TemporaryDirectory() as folder:
@@ -84,10 +84,10 @@ def plan(stages: Sequence[Stage]) -> list[dict[str, Any]]:
 
 
 def run(stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """Run the stages that are not done, and return the state in which each was found, and its seconds.
+    """Run the stages that are not done, and return for each its state before, and the seconds that it took.
 
     Raises:
-        ZebraError: as `plan`; what a stage rejects while it works; another process at work.
+        ZebraError: what `plan` raises; what a stage raises while it works; another process that works in the folder.
     """
     plan(stages)
     states = []
@@ -99,13 +99,13 @@ def run(stages: Sequence[Stage]) -> list[dict[str, Any]]:
                 if state != "done":
                     atomic_write(stage.folder / _RECORD, json.dumps(inputs_of(stage), indent=2) + "\n")
                     _perform(stage, stages[:i])
-                    gc.collect()  # the Trainer's cycles hold its model, whose memory the next stage needs
+                    gc.collect()  # the Trainer's reference cycles hold the model, whose memory the next stage needs
             states.append(_columns(stage, state, time.perf_counter() - start))
     return states
 
 
 def _columns(stage: Stage, state: str, seconds: float | None = None) -> dict[str, Any]:
-    """What is printed of a stage."""
+    """The columns that are printed for a stage."""
     source = stage.after or (stage.source.name if stage.source else "")
     columns = {"stage": stage.name, "kind": stage.kind, "from": source, "state": state}
     return columns | {"seconds": seconds, "folder": str(stage.folder)}
@@ -113,7 +113,7 @@ def _columns(stage: Stage, state: str, seconds: float | None = None) -> dict[str
 
 @contextmanager
 def _naming(stage: Stage, placeholders: str | None = None) -> Iterator[None]:
-    """Within this context errors name the stage, and in place of a placeholder the checkpoint that it represents."""
+    """Within this context errors name the stage, and the checkpoint in place of its placeholder."""
     try:
         yield
     except ZebraError as error:
@@ -125,7 +125,7 @@ def _naming(stage: Stage, placeholders: str | None = None) -> Iterator[None]:
 
 
 def _state(stage: Stage) -> str:
-    """The state of a stage, whose inputs are those that it began with."""
+    """The state of a stage; raises if its inputs changed since it began."""
     if stage.state != "new":
         record = stage.folder / _RECORD
         if not record.exists():
@@ -135,7 +135,7 @@ def _state(stage: Stage) -> str:
 
 
 def inputs_of(stage: Stage) -> dict[str, Any]:
-    """All that a stage's results depend on: names to values, or to digests; where the pipeline lies is not among them.
+    """All that a stage's results depend on, as values or digests by name; the pipeline's location is not among them.
 
     Raises:
         ZebraError: files, or a checkpoint, that do not exist.
@@ -179,20 +179,20 @@ def _perform(stage: Stage, before: Sequence[Stage]) -> None:
 
 
 def results_in(stage: Stage) -> list[Result]:
-    """The results that a stage wrote; none where it wrote none."""
+    """The results that a stage wrote; empty if it wrote none."""
     file = stage.folder / "results.jsonl"
     return read_results(file) if file.exists() else []
 
 
 def _selected(stage: Stage, source: Path, **more: Any) -> Selection:
-    """The layout that a conversion selects."""
+    """Select the layout of a conversion."""
     recipe: Convert = stage.recipe
     kwargs = _keyword_arguments("select", recipe.select or {}, select, without=("rope",))
     return select(source, **kwargs, rope=recipe.rope, trust_remote_code=stage.trust_remote_code, **more)
 
 
 def _measured(stage: Stage, name: str, checkpoint: Path, **more: Any) -> list[Result]:
-    """The results of a measurement."""
+    """Measure a checkpoint."""
     kwargs = _keyword_arguments(name, stage.recipe.measures()[name], _MEASURES[name], LoadOptions)
     results = _MEASURES[name](checkpoint, **kwargs, trust_remote_code=stage.trust_remote_code, **more)
     return results[0] if name == "documents" else results
@@ -201,14 +201,14 @@ def _measured(stage: Stage, name: str, checkpoint: Path, **more: Any) -> list[Re
 def _keyword_arguments(
     name: str, section: dict[str, Any], *functions: Callable[..., Any], without: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """A section as keyword arguments of functions, without those that the pipeline sets.
+    """Validate a section as keyword arguments of functions, except those that the pipeline sets.
 
     Raises:
-        ZebraError: as `checked`.
+        ZebraError: what `checked` raises.
     """
     excluded = {"checkpoint", "run", "check_only", "work", "trust_remote_code", *without}
     parameters = [p for function in functions for p in inspect.signature(function, eval_str=True).parameters.values()]
-    several, names = Annotated[Any, AfterValidator(names_of)], {*get_args(Names)}  # one may be given in place of a list
+    several, names = Annotated[Any, AfterValidator(names_of)], {*get_args(Names)}  # one name stands for a list of one
     fields: dict[str, Any] = {
         p.name: (
             several if names <= {*get_args(p.annotation)} else p.annotation,
@@ -225,7 +225,7 @@ def _keyword_arguments(
 
 
 def _check(stage: Stage, source: Path | None, target: Path) -> None:
-    """Check a stage on a checkpoint or its placeholder, and write the placeholder of the one that it will write."""
+    """Check a stage on a checkpoint or its placeholder, and write a placeholder for the checkpoint it will write."""
     recipe = stage.recipe
     if stage.kind == "convert" and source is not None:
         if recipe.select is None:
@@ -260,7 +260,7 @@ def _check_training(stage: Stage, source: Path | None, target: Path) -> None:
     dry_run(recipe)
     if isinstance(recipe, CheckpointRecipe) and recipe.lora is not None and not recipe.lora.merge:
         target.mkdir(parents=True)
-        adapter = {"base_model_name_or_path": str(as_directory(recipe.model).absolute())}  # no whole checkpoint
+        adapter = {"base_model_name_or_path": str(as_directory(recipe.model).absolute())}  # an adapter is written
         (target / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
     else:
         _write_placeholder(target, source, config, local_attention_for(recipe), templates)
@@ -268,7 +268,7 @@ def _check_training(stage: Stage, source: Path | None, target: Path) -> None:
 
 def _check_conversations(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
     """Read the conversations, and return the template that tuning will write."""
-    importlib.import_module("zebra.train.tune")  # it rejects a machine without trl
+    importlib.import_module("zebra.train.tune")  # raises if trl is not installed
     chat = Chat(tokenizer, recipe.chat_template, recipe.model)
     for files in [source.files for source in recipe.data.by_source] + [suite.files for suite in recipe.suites]:
         read_conversations(files)
@@ -276,14 +276,14 @@ def _check_conversations(recipe: TuneRecipe, tokenizer: Any) -> dict[str, str]:
 
 
 def _has_tokenizer(checkpoint: Path) -> bool:
-    """A placeholder of a model that is trained from scratch has neither tokenizer nor weights."""
+    """Whether there is a tokenizer; the placeholder of a model to train from scratch has none, and no weights."""
     return any(as_directory(checkpoint).glob("tokenizer*"))
 
 
 def _write_placeholder(
     target: Path, source: Path | None, config: Any, local: LocalAttention, templates: dict[str, str]
 ) -> None:
-    """A directory that reads like a checkpoint: links to the source's files, and its own config and templates."""
+    """Write a directory that reads like a checkpoint: links to the source's files, and its own config and templates."""
     target.mkdir(parents=True)
     for file in as_directory(source).iterdir() if source is not None else ():
         if file.name not in ("config.json", "zebra.json", *templates):
