@@ -68,7 +68,7 @@ def _table(results: list[Result]) -> Table:
     lines = [
         ([Cell(*names)], list(filter(None, once)))
         for names, here in split(results, variant).items()
-        for once in itertools.zip_longest(*split(here, lambda one: one.metric).values())  # measured again: a line more
+        for once in itertools.zip_longest(*split(here, lambda one: one.metric).values())  # measured again: one more row
     ]
     columns: list[tuple[Cell, Show]] = []
     for column in split(results, _column):

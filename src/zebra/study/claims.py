@@ -255,7 +255,7 @@ _RULES = (
         "lengths more than the worst cell of the longer loses to the best. It does not hold where it costs none more. "
         "Of means, without an interval",
         _length_matters_more,
-        of_text_alone=True,  # of recall a distance is not a position: most are asked for beyond either length
+        of_text_alone=True,  # distances of recall are no positions: most values are asked for beyond both lengths
     ),
     _Rule(
         "Self-Extend reads past the trained length, grouped as well as global",

@@ -171,7 +171,7 @@ def _block_ranges(blocks: _Blocks, first: Tensor, queries: int, window: int) -> 
     end = torch.searchsorted(last, (i - window).expand(len(last), -1).contiguous(), right=True)
     begin = blocks.of_key.gather(1, first.expand_as(blocks.of_key).clamp(max=keys - 1))[:, keys - queries :]
     padding = blocks.of_key[:, keys - queries :] == count
-    return torch.where(padding, end, begin).cummax(dim=1).values, end  # behind a short text `end` is before it
+    return torch.where(padding, end, begin).cummax(dim=1).values, end  # where `end` is below begin, no block is seen
 
 
 def naive_summary_attention(

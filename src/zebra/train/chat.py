@@ -54,7 +54,7 @@ class Chat:
         if named is not None:
             template = _named(named, tokenizer, source)
         self._marked = None
-        if tokenizer.is_fast:  # only those know the characters of each token
+        if tokenizer.is_fast:  # only fast tokenizers know the characters of each token
             self._marked = template if re.search(_MARK, template) else _marked_by_trl(tokenizer, template, source)
         self.template = re.sub(_MARK, "", template) if named in NAMED else template
         self._template = template

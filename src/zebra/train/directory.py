@@ -208,7 +208,7 @@ def _sequences_recorded(run: Path) -> int | None:
     try:
         return json.loads((run / "inputs.json").read_text(encoding="utf-8")).get(_SEQUENCES)
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # the recipe alone is compared
+        return None  # then only the recipe is compared
 
 
 def _check_longer(run: Path, recipe: Recipe) -> None:

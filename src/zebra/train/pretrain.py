@@ -84,7 +84,7 @@ class RandomStart(Start):
             model.to(getattr(torch, self.recipe.dtype))
             model.config.use_cache = True  # the Trainer turns it off
             model.save_pretrained(staging)
-            shutil.copytree(run / "tokenizer", staging, dirs_exist_ok=True)  # saving a loaded one would change its files
+            shutil.copytree(run / "tokenizer", staging, dirs_exist_ok=True)  # saving a loaded one changes its files
             write_config(model.config, staging)
             local = local_attention_of(model)
             write_zebra_json(staging, model.config, local, source=None, steps=steps, tokens=tokens)
