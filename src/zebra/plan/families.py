@@ -17,7 +17,7 @@ class FamilyTraits:
     Attributes:
         norms: weights of a layer's norms in multiples of h, without the norms of queries and keys.
         query_norm: what a norm of queries and keys spans: one `head`, or `all` heads together; None without norms.
-        biases: `qkv` or `all`: which linear maps have biases, under `all` norms too; None as the config says.
+        biases: which linear maps have biases: `qkv`, or `all` (norms too); None where the config says it.
         gated: whether the MLP has a gate projection.
         pattern: that of a config with a window and no layer_types; None where transformers makes no layer local then.
         opt_in_window: whether a window counts only with `use_sliding_window: true`.

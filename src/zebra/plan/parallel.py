@@ -132,7 +132,7 @@ def split_memory(run: Run, parallel: Parallel) -> dict[str, int]:
     size, training = BYTES[run.dtype], run.phase == "train"
     all_layers = training and not run.checkpointing
     gathering = [kind for kind in kinds if kind == LOCAL or not parallel.ring]
-    passed_on = tokens * 2 * run.decoder.kv_width if len(gathering) < len(kinds) else 0  # values in a shard, with a ring
+    passed_on = tokens * 2 * run.decoder.kv_width if len(gathering) < len(kinds) else 0  # values of a shard, in a ring
     in_ring = 2 * passed_on * size
     received = {
         kind: [got for got, _ in exchanged_bytes(run, kind, parallel.sequence)] for kind in sorted(set(gathering))

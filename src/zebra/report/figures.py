@@ -50,7 +50,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Figure:
-    """Plots as panels of one SVG element. The first panel's legend is that of all.
+    """Plots as panels of one SVG element; all share the legend of the first panel.
 
     Attributes:
         name: part of the file's name, and the prefix of all ids in the SVG.

@@ -45,7 +45,7 @@ def others(results: list[Result]) -> Section:
 def method(results: Sequence[Result]) -> Section:
     """A table of what the numbers depend on: conventions, intervals, models, seeds, devices, versions, layers."""
     facts: dict[str, dict[str, None]] = defaultdict(dict)
-    of_windows = {one.run for one in results if one.task == "compare-paired"}  # their perplexities have intervals over windows too
+    of_windows = {one.run for one in results if one.task == "compare-paired"}  # so are their perplexities
     for one in results:
         how = convention(one.task)
         if one.task != how:

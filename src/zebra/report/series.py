@@ -86,7 +86,7 @@ def layer_lists(layouts: Iterable[str]) -> list[str]:
 
 
 def labels(series: Iterable[Series]) -> dict[Series, str]:
-    """Labels for the series of one figure or table: of run, model and layout what tells them apart."""
+    """Labels for the series of one figure or table, with those of run, model and layout that tell them apart."""
     series = list(series)
     layouts = short_layouts(one.layout for one in series)
     runs, names = ({getattr(one, column) for one in series} for column in ("run", "name"))

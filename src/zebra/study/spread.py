@@ -78,7 +78,7 @@ def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Diffe
     """The loss of `one` minus that of `two`, over the seeds that both have; without an interval, the reason as text.
 
     With three shared seeds or more, the interval is Student's t of their differences. With fewer, the noise is the
-    residual of the losses of other cells with several seeds, after subtracting the means of cells and of seeds.
+    residual of the losses of all cells with several seeds, after subtracting the means of cells and of seeds.
 
     Args:
         others: the losses of all cells at the same positions.

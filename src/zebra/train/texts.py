@@ -60,7 +60,7 @@ class TextTraining(TrainingData):
     stats: list[SourceStats]
 
     def trainer(self, model: PreTrainedModel, checkpoints: Path) -> Trainer:
-        """The Trainer. Sequences come in random order, but with recall, whose documents grow, in their own order."""
+        """The Trainer. Sequences are shuffled, except with recall: its documents grow, so they keep their order."""
         arguments = training_arguments(self.recipe, checkpoints)
         if isinstance(self.sequences, RecallDataset):
             arguments["train_sampling_strategy"] = "sequential"
