@@ -48,13 +48,13 @@ class Methods:
         return [one for one in scored if task in (None, one.task)]
 
     def share(self, series: Series) -> float:
-        """The mean share of answers found over all tasks and depths; NaN without results."""
+        """The share of answers over all tasks and depths; NaN without any."""
         scores = [one.value for one in self.answers(series)]
         return sum(scores) / len(scores) if scores else math.nan
 
 
 def answered(results: Sequence[Result]) -> str:
-    """How many samples of some retrieval results were answered: in percent, or as `1 of 1` where they are few."""
+    """How many samples of some retrieval results were answered: of many in percent, of a few `1 of 1`."""
     total = sum(one.n or 0 for one in results)
     if 0 < total < _FEW_SAMPLES:
         return f"{sum(one.value * (one.n or 0) for one in results):.0f} of {total}"

@@ -109,7 +109,7 @@ class Study:
 
     @cached_property
     def uses_self_extend(self) -> bool:
-        """Whether any cell was evaluated with Self-Extend."""
+        """Whether any cell was read with Self-Extend."""
         return any(
             ", self-extend" in one.layout for seeds in self.runs.values() for run in seeds.values() for one in run
         )

@@ -51,7 +51,7 @@ def check_processes(recipe: Recipe) -> None:
 
 
 def data_groups(recipe: Recipe) -> int:
-    """The number of groups of processes that train on different sequences; at least 1, as a dry run has no launcher."""
+    """How many groups of processes train on sequences of their own; a dry run needs no launcher."""
     return max(1, processes() // recipe.parallel.sequence)
 
 
