@@ -38,7 +38,7 @@ print("The boat house of this story has a secret number: 48213. Remember it.\n",
 print("\nWhat is the secret number of the boat house? Answer with the number alone.")
 PROMPT
 for extension in "" "--self-extend auto:16384"; do
-  echo "the secret number is 48213; the model says, ${extension:-as it is}:"
+  echo "the secret number is 48213; the model says, ${extension:-unchanged}:"
   # shellcheck disable=SC2086
   zebra generate "$out/smollm2" --chat --file "$out/question.txt" --max-new-tokens 16 $extension
   echo

@@ -168,12 +168,12 @@ def test_any_beginning_of_the_schedule_is_balanced() -> None:
 
 
 def test_methods_that_extend_are_for_lengths_beyond_the_trained_one() -> None:
-    assert [*standard_methods(512, 512, "GL:64")] == ["as it is", "stripes", "selected"]
+    assert [*standard_methods(512, 512, "GL:64")] == ["unchanged", "stripes", "selected"]
     beyond = standard_methods(512, 1500, "GL:64")
     assert beyond["yarn"].options == {"rope": "yarn:3"}
     assert beyond["stripes+self-extend"].options == {"stripes": "GL:64", "self_extend": "auto:1500"}
-    assert [m.name for m in choose_methods(beyond, ["yarn"])] == ["as it is", "yarn"]
-    with pytest.raises(ZebraError, match="the methods at this length are as it is, stripes, selected; got yarn"):
+    assert [m.name for m in choose_methods(beyond, ["yarn"])] == ["unchanged", "yarn"]
+    with pytest.raises(ZebraError, match="the methods at this length are unchanged, stripes, selected; got yarn"):
         choose_methods(standard_methods(512, 512, "GL:64"), ["yarn"])
 
 
@@ -217,8 +217,8 @@ def test_the_advice_prefers_quality_then_answers_then_time() -> None:
     plain = ("full", 128.0, 0.0, 30.0, 100.0)
     extended = ("full, self-extend 8:2048", 36.0, 1.0, 33.0, 104.0)
     text = advice(plain, ("full yarn:2", 36.1, 0.67, 30.0, 100.0), extended, ("GL:1024", 92.0, 0.2, 25.0, 55.0))
-    assert text.startswith("full, self-extend 8:2048: perplexity 36.00 at positions 8,192 to 16,384 (128.0 as it is)")
-    assert "4 of 4 questions answered, at 1.10 times the reading time." in text
+    assert text.startswith("full, self-extend 8:2048: perplexity 36.00 at positions 8,192 to 16,384 (128.0 unchanged)")
+    assert "4 of 4 questions answered, at 1.10 times the prefill time." in text
     assert "GL:1024 holds 53\N{NO-BREAK SPACE}% of it at a perplexity of 92.00, untrained; adapt it first." in text
     assert advice(plain, ("a", 36.0, 1.0, 50.0, 1.0), ("b", 36.1, 1.0, 40.0, 1.0)).startswith("b: ")
     assert advice(plain, ("a", 60.0, 1.0, 50.0, 100.0)).startswith("No method reads this length as well")

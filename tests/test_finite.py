@@ -54,7 +54,7 @@ VERBS: dict[str, Callable[[Path, Path], Any]] = {
     "tasks": lambda path, folder: evaluate_tasks(path, tasks=["zebra-passkey"], lengths=[300], limit=1),
     "answers": answers,
     "compare": lambda path, folder: compare(
-        str(path), [str(FEW_STORIES)], length=128, methods=["as it is"], tasks=(), budget_minutes=0, out=folder / "out"
+        str(path), [str(FEW_STORIES)], length=128, methods=["unchanged"], tasks=(), budget_minutes=0, out=folder / "out"
     ),
     "generate": lambda path, folder: zebra.generate(path, "Once", max_new_tokens=2),
     "generate, drawn": lambda path, folder: zebra.generate(path, "Once", max_new_tokens=2, temperature=1.0),

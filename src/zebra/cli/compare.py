@@ -25,7 +25,7 @@ def compare(
         str | None,
         typer.Option(
             callback=options.names,
-            help='Methods, comma-separated: "as it is", linear, yarn, dynamic, self-extend, stripes, selected, '
+            help="Methods, comma-separated: unchanged, linear, yarn, dynamic, self-extend, stripes, selected, "
             "stripes+self-extend, selected+self-extend. Default: all.",
         ),
     ] = None,

@@ -1,6 +1,6 @@
 """The methods that are compared: named options for loading. This module does not import torch.
 
-as it is                       the checkpoint, beyond its trained length if the texts are longer
+unchanged                      the checkpoint, beyond its trained length if the texts are longer
 linear, dynamic, yarn          RoPE scaled to the length, without training
 self-extend                    far tokens share positions
 stripes                        the given layout, without training
@@ -19,7 +19,7 @@ from zebra.model.rope import Rope
 from zebra.positions import SelfExtend
 from zebra.stripes import Stripes
 
-AS_IT_IS = "as it is"
+UNCHANGED = "unchanged"
 SELECTED = "selected"
 """In place of a layout: the one that is selected by measurement."""
 _OPTIONS = ("checkpoint", "stripes", "rope", "self_extend", "window", "full_decode")
@@ -80,7 +80,7 @@ class Method:
 def standard_methods(trained: int | None, length: int, stripes: str) -> dict[str, Method]:
     """The methods of the table above, by name; those that extend the context only if `length` exceeds `trained`."""
     extending = {"self_extend": f"auto:{length}"}
-    options: dict[str, dict[str, str]] = {AS_IT_IS: {}}
+    options: dict[str, dict[str, str]] = {UNCHANGED: {}}
     beyond = trained is not None and length > trained
     if trained is not None and beyond:
         factor = -(-length // trained)
@@ -105,4 +105,4 @@ def choose_methods(methods: Mapping[str, Method], names: Names | None) -> list[M
         raise ZebraError(
             f"the methods at this length are {', '.join(methods)}; got {', '.join(unknown)}. Choose among them."
         )
-    return [methods[name] for name in dict.fromkeys([AS_IT_IS, *(methods if names is None else names)])]
+    return [methods[name] for name in dict.fromkeys([UNCHANGED, *(methods if names is None else names)])]

@@ -3,7 +3,7 @@
     perplexity-disjoint[-bos], retrieval-generate-TASK              as `zebra evaluate` names them
     compare-paired     loss_above_best: mean loss minus that of the best method on the same tokens, in nats
     compare-cost       prefill_seconds, decode_seconds (per token), kv_bytes, and the same with _planned
-    compare-trained    tokens that the checkpoint was trained to read, with the columns of the checkpoint as it is
+    compare-trained    tokens that the checkpoint was trained to read, with the columns of the unchanged checkpoint
     compare-failed-*   what a method cannot do; the metric is the reason
 
 Methods are compared on the windows and samples that all of them have measured. A method without any measurement of a

@@ -81,7 +81,7 @@ def compare(
     Args:
         out: the folder; the same call continues after a kill, and a larger budget adds to it.
         stripes: a layout; None makes every second layer global, with a window of an eighth of the trained length.
-        methods: names of `zebra.compare.methods.standard_methods`; None takes all. The checkpoint as it is always comes
+        methods: names of `zebra.compare.methods.standard_methods`; None takes all. The unchanged checkpoint always comes
             first.
         additional: further methods.
         budget_minutes: units are measured that are estimated to fit; the cost and one window of each method always are.
@@ -89,7 +89,7 @@ def compare(
 
     Raises:
         ZebraError: a text too short, a task that does not fit this length, a folder of something else, or a checkpoint
-            that cannot be measured as it is. The failure of another method is a result of a task `compare-failed-*`.
+            that cannot be measured unchanged. The failure of another method is a result of a task `compare-failed-*`.
     """
     check_names(options, [field.name for field in fields(Settings)])
     if "tasks" in options:

@@ -160,7 +160,7 @@ def curves(run: Run, device: Device) -> dict[str, dict[str, list[float]]]:
 def headline(plan: dict[str, Any]) -> str:
     """Describe the model, the run and the device of the tables, in two lines."""
     model, settings, device = plan["model"], plan["settings"], plan["device"]
-    phase = {"train": "a training step over", "prefill": "reading", "decode": "one token after"}[settings["phase"]]
+    phase = {"train": "a training step over", "prefill": "prefill of", "decode": "one token after"}[settings["phase"]]
     note = "" if model["exact"] else ", estimated as a Llama: its family is not in the table"
     ceilings = "ceilings measured" if device["source"] == MEASURED else "the vendor's peaks, which no run reaches"
     batch = f" x {settings['batch']:,} sequences" if settings["batch"] > 1 else ""

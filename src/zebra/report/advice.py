@@ -62,14 +62,14 @@ def _described(compared: Methods, best: Series) -> Line:
         Cell(f" at positions {span_name(compared.far, ' to ')}"),
     ]
     if best != baseline and (plain := compared.results(baseline, "perplexity", compared.far)):
-        words += [Cell(" ("), value_cell(plain), Cell(" as it is)")]
+        words += [Cell(" ("), value_cell(plain), Cell(" unchanged)")]
     if near := compared.results(baseline, "perplexity", compared.near):
-        words += [Cell(", beside "), value_cell(near), Cell(f" at {span_name(compared.near, ' to ')} as it is")]
+        words += [Cell(", beside "), value_cell(near), Cell(f" at {span_name(compared.near, ' to ')} unchanged")]
     if answers := compared.answers(best):
         share = answered(answers)
         of = " of the" if share.endswith("%") else ""
         words += [Cell(", "), Cell(share, results=answers), Cell(f"{of} questions answered")]
     ratio = compared.value(best, "prefill_seconds") / compared.value(baseline, "prefill_seconds")
     if best != baseline and ratio == ratio:
-        words += [Cell(f", at {ratio:.2f} times the reading time")]
+        words += [Cell(f", at {ratio:.2f} times the prefill time")]
     return [*words, Cell(".")]

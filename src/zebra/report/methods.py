@@ -21,7 +21,7 @@ HOW = (
     "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity: "
     "how far it is above the best method at these positions, on the same tokens. Tasks such as passkey: the samples "
     "that were answered, over all depths. Read: the time from an empty cache to the first token; cache: the keys and "
-    "values that it then holds; both as multiples of those of `full`, the checkpoint as it is. Each time is one timing."
+    "values that it then holds; both as multiples of those of `full`, the unchanged checkpoint. Each time is one timing."
 )
 _COSTS = (
     ("read", "s", "prefill_seconds", 1.0),
@@ -151,7 +151,7 @@ def _panels(compared: Methods) -> Iterable[Callable[[Axes], None]]:
     if not all(map(math.isnan, shares)):
         total = sum(one.n or 0 for one in compared.answers(compared.baseline))
         yield partial(_plot_bars, values=shares, title=f"answers, % of {total}" if total else "answers, %")
-    for metric, unit, title in (("prefill_seconds", 1.0, "reading, s"), ("kv_bytes", 2.0**20, "cache, MiB")):
+    for metric, unit, title in (("prefill_seconds", 1.0, "prefill, s"), ("kv_bytes", 2.0**20, "cache, MiB")):
         yield partial(_plot_bars, values=[compared.value(one, metric) / unit for one in series], title=title)
 
 
