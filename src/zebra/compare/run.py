@@ -81,8 +81,8 @@ def compare(
     Args:
         out: the folder; the same call continues after a kill, and a larger budget adds to it.
         stripes: a layout; None makes every second layer global, with a window of an eighth of the trained length.
-        methods: names of `zebra.compare.methods.standard_methods`; None takes all. The unchanged checkpoint always comes
-            first.
+        methods: names of `zebra.compare.methods.standard_methods`; None takes all. The unchanged checkpoint always
+            comes first.
         additional: further methods.
         budget_minutes: units are measured that are estimated to fit; the cost and one window of each method always are.
         options: other fields of `Settings`.

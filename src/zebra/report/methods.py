@@ -18,13 +18,13 @@ from zebra.report.series import Span, layer_lists, number, percent, short_count,
 from zebra.results import Result
 
 HOW = (
-    "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity: "
-    "how far it is above the best method at these positions, on the same tokens. Tasks such as passkey: the samples "
-    "that were answered, over all depths. Read: the time from an empty cache to the first token; cache: the keys and "
-    "values that it then holds; both as multiples of those of `full`, the unchanged checkpoint. Each time is one timing."
+    "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity is "
+    "how far it is above the best method at these positions, on the same tokens. Tasks such as passkey: samples answered, "
+    "over all depths. Prefill: the time from an empty cache to the first token. Cache: the keys and values after that. "
+    "Both are also given as multiples of those of `full`, the unchanged checkpoint. Each time is one timing."
 )
 _COSTS = (
-    ("read", "s", "prefill_seconds", 1.0),
+    ("prefill", "s", "prefill_seconds", 1.0),
     ("a token", "ms", "decode_seconds", 1e-3),
     ("cache", "MiB", "kv_bytes", 2.0**20),
 )
@@ -76,7 +76,7 @@ def _table(compared: Methods) -> Table:
     for task in tasks:
         name = task_name(task).partition(" ")[0].rstrip(",")
         columns.append((Cell(name), partial(_answers, task=task)))
-    for head, metric in (("read", "prefill_seconds"), ("cache", "kv_bytes")):
+    for head, metric in (("prefill", "prefill_seconds"), ("cache", "kv_bytes")):
         base = compared.value(compared.baseline, metric)
         columns.append((Cell(head), partial(_ratio, metric=metric, base=base)))
     lines = [([Cell(compared.names[series])], here) for series, here in compared.by_series.items()]
