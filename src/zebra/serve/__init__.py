@@ -1,5 +1,5 @@
 """`zebra serve`: an OpenAI-compatible server of one checkpoint on one machine.
 
-client ─► app (limits, token) ─► requests (a body to tokens) ─► engine (one thread, a queue, cached prefixes)
-client ◄─ answers (objects of the API, server-sent events) ◄────────┘
+client ─► guard (limits, token) ─► app, requests, jobs (JSON body to tokens) ─► engine (a queue, one thread)
+client ◄─ answers (API objects or server-sent events) ◄─ answering (KV caches, tokens to pieces) ◄──┘
 """

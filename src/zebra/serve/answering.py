@@ -1,4 +1,4 @@
-"""A job to pieces: tokens of `zebra.streaming` to text, reasoning, calls of tools and scores."""
+"""Run a job: turn the tokens of `zebra.streaming` into pieces of text, reasoning, tool calls and log-probabilities."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from zebra.streaming import Step, answer
 from zebra.text_writer import TextWriter
 
 _MAX_TEXTS = 256
-"""Conversations whose caches are kept, where their bytes allow it."""
+"""The maximum number of texts whose KV caches are kept; `cache_memory` may allow fewer."""
 
 
 class Answerer:
-    """Answers jobs with one model, one after another, and keeps the caches of their conversations.
+    """Answers jobs one at a time with one model, and keeps the KV caches of recent conversations.
 
     Args:
-        tokenizer: used by the engine's thread alone: a tokenizer cannot serve two threads at once.
-        cache_memory: bytes of caches; the least recently used go first.
+        tokenizer: only the engine's thread may use it, because tokenizers are not thread-safe.
+        cache_memory: limit of the KV caches in bytes; the least recently used are evicted first.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Answerer:
         self._prefixes = PrefixCache(model, max_texts=_MAX_TEXTS, max_bytes=cache_memory)
 
     def __call__(self, ticket: Ticket[Job]) -> Finish | None:
-        """Send the pieces of a job; None where its client left."""
+        """Answer a job and send its pieces to the ticket; return None if the request was cancelled."""
         job, pieces = ticket.job, _Pieces(ticket, self._tokenizer)
         generated = answer(
             self._model,
@@ -67,17 +67,18 @@ class Answerer:
 
 
 class _Pieces:
-    """Steps to pieces.
+    """Converts the steps of an answer to pieces.
 
-    Without a grammar of the family the text is that of the steps. With one it is decoded again, with its special
-    tokens, which the grammar reads. Scores go with the piece that their tokens are in.
+    If transformers has a response parser for the model family, the tokens are decoded again with their special
+    tokens, because the parser needs them. Otherwise the text of the steps is sent. Log-probabilities are sent with
+    the piece that is emitted next.
     """
 
     def __init__(self, ticket: Ticket[Job], tokenizer: PreTrainedTokenizerBase) -> None:
         self._ticket, self._tokenizer, self._parser = ticket, tokenizer, ticket.job.parser
         self._stops, self._scored = StopFilter(ticket.job.stop), list[ScoredToken]()
         self._start = time.perf_counter()
-        self._unread = ""  # of the text that the parser got, what it has neither handed on nor rejected
+        self._unread = ""  # text that the parser received but has not emitted yet
         self._writer: TextWriter | None = None
         if self._parser is not None:
             self._writer = TextWriter(tokenizer, self._text, special=True)
@@ -86,18 +87,18 @@ class _Pieces:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string came."""
+        """Whether a stop string was generated."""
         return self._stops.stopped
 
     def prefill(self, read: int, total: int) -> None:
-        """So many tokens were read of those that no cache held."""
+        """Report that `read` of the `total` prompt tokens without a cache entry were processed."""
         job, seconds = self._ticket.job, time.perf_counter() - self._start
         if job.progress:
             cached = len(job.ids) - total
             self._ticket.send(Piece(progress=Progress(len(job.ids), cached, cached + read, seconds)))
 
     def put(self, step: Step) -> None:
-        """One step of the answer."""
+        """Process one step of the answer."""
         if self.stopped:
             return
         if step.logprob is not None and step.token is not None:
@@ -109,7 +110,7 @@ class _Pieces:
             self._writer.put(torch.tensor([step.token]))
 
     def end(self) -> None:
-        """What is held back."""
+        """Send the text that was held back."""
         if self._writer is not None:
             self._writer.end()
         if not self.stopped:
@@ -117,7 +118,7 @@ class _Pieces:
         if self._parser is not None:
             try:
                 chunks = response_events_to_chunks(self._parser.finalize()[1])
-            except Exception:  # it ended within a call of a tool
+            except Exception:  # the answer ended inside a tool call
                 chunks = []
             self._send(chunks)
 
@@ -131,7 +132,7 @@ class _Pieces:
         self._unread += text
         try:
             chunks = response_events_to_chunks(self._parser.feed(text))
-        except Exception:  # a call of a tool that the grammar cannot read: all from there on is text
+        except Exception:  # a tool call that the parser cannot read: send everything from there on as text
             chunks, self._parser, self._writer = [self._unread], None, None
         if chunks:
             self._unread = ""

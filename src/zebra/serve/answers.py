@@ -1,6 +1,6 @@
-"""What the model answers as objects of the API: whole, or as a stream of server-sent events.
+"""Format answers for the API: as one JSON object, or as a stream of server-sent events.
 
-The types are those of the package openai, and the events of `/v1/responses` come from transformers' own server.
+The types are those of the openai package. The events of `/v1/responses` are built by transformers' own server code.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from zebra.serve.errors import ApiError
 from zebra.serve.events import Finish, Piece, ScoredToken
 
 event = BaseHandler.chunk_to_sse
-"""A JSON text, or an object of pydantic, as one server-sent event."""
+"""Format a JSON string or a pydantic model as one server-sent event."""
 DONE = event("[DONE]")
 
 
 class AnswerFormat(Protocol):
-    """How one endpoint writes an answer."""
+    """How one endpoint formats an answer."""
 
     def start(self) -> str:
         """The events before the first token."""
@@ -38,16 +38,16 @@ class AnswerFormat(Protocol):
         """The events after the last token."""
 
     def error(self, error: ApiError) -> str:
-        """The events of an error in mid-stream."""
+        """The events of an error that occurs during the stream."""
 
     def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
         """The answer as one object."""
 
 
 class _Chunks:
-    """What streams of chats and of completions share.
+    """The common part of chat and completion streams.
 
-    Chunks are written as they are: the types would leave out that there is no reason to finish yet, or reject it.
+    Chunks are plain dicts: the types of openai would drop or reject a `finish_reason` of null.
     """
 
     _object: ClassVar[str]
@@ -57,11 +57,11 @@ class _Chunks:
         self._include_usage = include_usage
 
     def error(self, error: ApiError) -> str:
-        """The error as OpenAI's clients read it."""
+        """The error in the form that OpenAI's clients expect."""
         return event(json.dumps(error.body()))
 
     def _last(self, choice: dict[str, Any], finish: Finish) -> str:
-        """The last events: a choice with the timings, then the usage where the client asks for it."""
+        """The last events: a choice with the timings, then the usage if the client requested it."""
         timings = finish.timings()
         parts = [self._chunk([choice], timings=timings)]
         if self._include_usage:
@@ -70,12 +70,12 @@ class _Chunks:
 
     def _chunk(self, choices: list[dict[str, Any]], **more: Any) -> str:
         choices = [{"index": 0, "finish_reason": None, "logprobs": None, **choice} for choice in choices]
-        usage = {"usage": None} if self._include_usage else {}  # in each chunk but the last, by OpenAI's reference
+        usage = {"usage": None} if self._include_usage else {}  # null in all chunks but the last, as OpenAI specifies
         return event(json.dumps({**self._head, "object": self._object, "choices": choices, **usage, **more}))
 
 
 class ChatFormat(_Chunks):
-    """`/v1/chat/completions`."""
+    """Answers of `/v1/chat/completions`."""
 
     _object = "chat.completion.chunk"
 
@@ -84,11 +84,11 @@ class ChatFormat(_Chunks):
         self._calls = 0
 
     def start(self) -> str:
-        """The role, before the first token."""
+        """A chunk with the role, before the first token."""
         return self._chunk([{"delta": {"role": "assistant", "content": ""}}])
 
     def piece(self, piece: Piece) -> str:
-        """Text, reasoning, a call of a tool or the progress of reading."""
+        """A chunk with text, reasoning, a tool call or the prefill progress."""
         delta: dict[str, Any] = {}
         if piece.text:
             delta["content"] = piece.text
@@ -100,11 +100,11 @@ class ChatFormat(_Chunks):
         return self._chunk([{"delta": delta, "logprobs": _chat_logprobs(piece.tokens)}], **_progress(piece))
 
     def end(self, finish: Finish) -> str:
-        """Why it ended, `tool_calls` where it calls any; the timings, and the usage where the client asks for it."""
+        """The finish reason (`tool_calls` if there are any), the timings, and the usage if the client requested it."""
         return self._last({"delta": {}, "finish_reason": "tool_calls" if self._calls else finish.reason}, finish)
 
     def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
-        """A `ChatCompletion`."""
+        """The answer as a `ChatCompletion`."""
         tools = [piece for piece in pieces if piece.tool is not None]
         calls = [self._call(piece, number) for number, piece in enumerate(tools)]
         text, reasoning = ("".join(getattr(piece, name) for piece in pieces) for name in ("text", "reasoning"))
@@ -127,7 +127,7 @@ class ChatFormat(_Chunks):
 
 
 class CompletionFormat(_Chunks):
-    """`/v1/completions`."""
+    """Answers of `/v1/completions`."""
 
     _object = "text_completion"
 
@@ -136,19 +136,19 @@ class CompletionFormat(_Chunks):
         self._offset = 0
 
     def start(self) -> str:
-        """Nothing."""
+        """No event."""
         return ""
 
     def piece(self, piece: Piece) -> str:
-        """Text."""
+        """A chunk with text or the prefill progress."""
         return self._chunk([self._choice([piece])], **_progress(piece))
 
     def end(self, finish: Finish) -> str:
-        """Why it ended, the timings, and the usage where the client asks for it."""
+        """The finish reason, the timings, and the usage if the client requested it."""
         return self._last({"text": "", "finish_reason": finish.reason}, finish)
 
     def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
-        """A `Completion`."""
+        """The answer as a `Completion`."""
         choice = self._choice(pieces) | {"index": 0, "finish_reason": finish.reason}
         body = {"object": "text_completion", "choices": [choice], "usage": _usage(finish), "timings": finish.timings()}
         return Completion.model_validate(self._head | body).model_dump(exclude_unset=True)
@@ -172,10 +172,10 @@ class CompletionFormat(_Chunks):
 
 
 class _ResponseEvents(_ResponseStreamBuilder):
-    """transformers' builder of events, with an answer that ended at its length."""
+    """transformers' event builder, extended by answers that stop at the token limit."""
 
     def ended(self, finish: Finish) -> list[str]:
-        """The last event: completed, or incomplete at the most tokens that the client wanted."""
+        """The last event: `response.completed`, or `response.incomplete` if the token limit was reached."""
         usage = compute_usage(finish.prompt_tokens, finish.new_tokens)
         usage.input_tokens_details.cached_tokens = finish.cached_tokens
         self._response_defaults |= {"timings": finish.timings()}
@@ -190,7 +190,7 @@ class _ResponseEvents(_ResponseStreamBuilder):
 
 
 class ResponsesFormat:
-    """`/v1/responses`."""
+    """Answers of `/v1/responses`."""
 
     def __init__(self, model: str) -> None:
         request = uuid4().hex
@@ -206,11 +206,11 @@ class ResponsesFormat:
         self._events, self._request = _ResponseEvents(request_id=request, response_defaults=defaults), request
 
     def start(self) -> str:
-        """The response is in progress."""
+        """The events that open the response."""
         return "".join(self._events.start_response())
 
     def piece(self, piece: Piece) -> str:
-        """Text, reasoning or a call of a tool, in items that open and close."""
+        """The events of text, reasoning or a tool call, which open and close output items as needed."""
         events, parts = self._events, list[str]()
         if piece.reasoning:
             parts += [] if events.reasoning_open else events.start_reasoning()
@@ -227,7 +227,7 @@ class ResponsesFormat:
         return "".join(parts)
 
     def end(self, finish: Finish) -> str:
-        """Close what is open, then the whole response."""
+        """Close the open items, then send the complete response."""
         events = self._events
         parts = events.finish_reasoning() if events.reasoning_open else []
         if not events.message_open and events.message_item is None:
@@ -236,14 +236,14 @@ class ResponsesFormat:
         return "".join(parts + events.ended(finish))
 
     def error(self, error: ApiError) -> str:
-        """The response failed."""
+        """The event of a failed response."""
         return "".join(self._events.error(error.message))
 
     def whole(self, pieces: Sequence[Piece], finish: Finish) -> dict[str, Any]:
-        """A `Response`: what the last event of the stream holds."""
+        """The answer as a `Response`, taken from the last event of the stream."""
         for piece in pieces:
             self.piece(piece)
-        last = self.end(finish).strip().split("\n")[-1]  # a text may hold other line breaks
+        last = self.end(finish).strip().split("\n")[-1]  # not splitlines: the text may contain other line breaks
         whole: dict[str, Any] = json.loads(last.removeprefix("data: "))["response"]
         return whole
 

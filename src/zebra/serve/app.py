@@ -28,10 +28,10 @@ Value = TypeVar("Value")
 
 
 def build_app(prompts: Prompts, engine: Engine[Job], metrics: Metrics, settings: ServeSettings) -> FastAPI:
-    """The application with all routes but the page's.
+    """Build the application with all routes except those of the chat page.
 
     Args:
-        prompts: turns bodies into jobs.
+        prompts: converts request bodies to jobs.
         engine: answers jobs.
     """
     app = FastAPI(title="zebra", docs_url=None, redoc_url=None, openapi_url=None)
@@ -50,7 +50,7 @@ def build_app(prompts: Prompts, engine: Engine[Job], metrics: Metrics, settings:
 
 
 def _add_answers(app: FastAPI, prompts: Prompts, engine: Engine[Job]) -> None:
-    """The routes that the model answers."""
+    """Add the routes that run the model."""
 
     async def answered(request: Request, making: Coroutine[Any, Any, Job], form: AnswerFormat, stream: bool) -> Any:
         ticket = engine.submit(await making)
@@ -74,7 +74,7 @@ def _add_answers(app: FastAPI, prompts: Prompts, engine: Engine[Job]) -> None:
 
 
 def _add_facts(app: FastAPI, prompts: Prompts, engine: Engine[Job], metrics: Metrics) -> None:
-    """The routes that ask the model nothing."""
+    """Add the routes that do not run the model."""
     card = {"object": "model", "created": int(time.time()), "owned_by": "zebra", **prompts.card()}
 
     @app.get("/v1/models")
@@ -88,7 +88,7 @@ def _add_facts(app: FastAPI, prompts: Prompts, engine: Engine[Job], metrics: Met
 
     @app.post("/load_model")
     async def load_model() -> Any:
-        """`transformers chat` waits for it: the model is there."""
+        """Say that the model is loaded: `transformers chat` waits for this."""
         ready = {"status": "ready", "model": prompts.name, "cached": True}
         return Response(event(json.dumps(ready)), media_type="text/event-stream")
 
@@ -104,7 +104,7 @@ def _add_facts(app: FastAPI, prompts: Prompts, engine: Engine[Job], metrics: Met
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error is OpenAI's JSON."""
+    """Return every error as OpenAI's JSON."""
 
     async def api_error(request: Request, error: Any) -> Any:
         return error.response()
@@ -124,7 +124,7 @@ def _add_errors(app: FastAPI) -> None:
     async def http_error(request: Request, error: Any) -> Any:
         return ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.").response()
 
-    async def failed(request: Request, error: Any) -> Any:  # starlette raises it again, for the log
+    async def failed(request: Request, error: Any) -> Any:  # starlette raises it again, so it is logged
         return internal_error().response()
 
     app.add_exception_handler(Exception, failed)
@@ -134,7 +134,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 async def _events(ticket: Ticket[Job], form: AnswerFormat) -> AsyncIterator[str]:
-    """Server-sent events of an answer; where the client leaves, the request is cancelled."""
+    """The server-sent events of an answer; the request is cancelled if the client disconnects."""
     items = ticket.items()
     try:
         yield form.start()
@@ -157,7 +157,7 @@ async def _whole(ticket: Ticket[Job], form: AnswerFormat) -> dict[str, Any]:
 
 
 async def _unless_client_leaves(request: Request, answer: Coroutine[Any, Any, Value]) -> Value:
-    """The value of a coroutine, which is cancelled where the client leaves before it is there."""
+    """The result of a coroutine, which is cancelled if the client disconnects first."""
 
     async def leaving() -> None:
         while (await request.receive())["type"] != "http.disconnect":

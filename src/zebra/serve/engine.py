@@ -1,6 +1,6 @@
-"""One thread that answers requests one after another, and the queue before it.
+"""One thread that answers requests one at a time, and its queue.
 
-submit ─► waiting (bounded) ─► the thread: cached prefix, prefill, tokens ─► pieces to the event loop of the request
+submit ─► bounded queue ─► thread: cached prefix, prefill, decoding ─► pieces to the request's event loop
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from zebra.serve.metrics import Metrics
 Job = TypeVar("Job")
 _log = logging.getLogger(__name__)
 RETRY_AFTER = 5
-"""Seconds after which a client may try again."""
+"""Seconds after which a client should try again."""
 
 
 class Ticket(Generic[Job]):
-    """One request in the engine. Its pieces are read in the event loop in which it was submitted."""
+    """One request in the engine. Read its pieces in the event loop in which it was submitted."""
 
     def __init__(self, job: Job, max_seconds: float) -> None:
         self.job, self.arrival = job, time.monotonic()
@@ -35,7 +35,7 @@ class Ticket(Generic[Job]):
 
     @property
     def cancelled(self) -> bool:
-        """Whether nobody waits for the answer any more; the thread looks before each token and each chunk."""
+        """Whether the answer is no longer needed; the thread checks this after each token and between chunks."""
         return self._cancelled.is_set()
 
     def cancel(self) -> None:
@@ -43,15 +43,15 @@ class Ticket(Generic[Job]):
         self._cancelled.set()
 
     def send(self, item: Piece | Finish | ApiError) -> None:
-        """Called by the engine's thread; where the request was cancelled nobody reads, and its loop may be closed."""
+        """Hand an item to the event loop, from any thread. No-op after `cancel`: the loop may be closed by then."""
         if not self.cancelled:
             self._loop.call_soon_threadsafe(self._events.put_nowait, item)
 
     async def items(self) -> AsyncIterator[Piece | Finish]:
-        """The pieces, and at the end how the answer ended. To stop reading cancels the request.
+        """Iterate over the pieces, then a `Finish`. Leaving the iteration early cancels the request.
 
         Raises:
-            ApiError: the time is over; what the model raised.
+            ApiError: the request timed out, or failed in the engine.
         """
         try:
             while True:
@@ -78,9 +78,9 @@ class Engine(Generic[Job]):
     """Answers requests in the order of their arrival.
 
     Args:
-        answer: sends the pieces of a ticket's job and returns how it ended; None where the ticket was cancelled.
-        max_queue: requests that wait, at most.
-        max_seconds: of one request, waiting included.
+        answer: sends the pieces of a ticket's job and returns how it ended; None if the ticket was cancelled.
+        max_queue: maximum number of waiting requests.
+        max_seconds: time limit of a request, including its time in the queue.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Engine(Generic[Job]):
         threading.Thread(target=self._run, name="zebra-engine", daemon=True).start()
 
     def submit(self, job: Job) -> Ticket[Job]:
-        """Put a job into the queue, from the event loop.
+        """Add a job to the queue. Call it in the event loop that reads the answer.
 
         Raises:
-            ApiError: 429 where the queue is full, 503 where the server stops.
+            ApiError: 429 if the queue is full, 503 if the server is stopping.
         """
         with self._change:
             if self.draining:
@@ -123,12 +123,12 @@ class Engine(Generic[Job]):
             return ticket
 
     def drain(self) -> None:
-        """Take no more requests; those that were taken are answered."""
+        """Accept no more requests; those already accepted are still answered."""
         with self._change:
             self.draining = True
 
     def abort(self) -> None:
-        """Take no more requests, and answer those that wait or run with the error of a server that stops."""
+        """Accept no more requests, and end those that wait or run with a 503 error."""
         with self._change:
             self.draining = True
             for ticket in filter(None, (self._running, *self._waiting)):
@@ -137,7 +137,7 @@ class Engine(Generic[Job]):
 
     @property
     def idle(self) -> bool:
-        """Whether no request waits or is answered."""
+        """Whether no request is waiting or running."""
         with self._change:
             return self._running is None and not any(not ticket.cancelled for ticket in self._waiting)
 
@@ -156,7 +156,7 @@ class Engine(Generic[Job]):
                 self._metrics.running.set(0)
                 with self._change:
                     self._running = None
-                del ticket  # its job may hold a long prompt
+                del ticket  # frees its prompt, which may be long
 
     def _serve(self, ticket: Ticket[Job]) -> None:
         ending = "cancelled"
@@ -166,7 +166,7 @@ class Engine(Generic[Job]):
                 ending = finish.reason
                 self._count(finish, time.monotonic() - ticket.arrival)
                 ticket.send(finish)
-        except BaseException as error:  # a tokenizer that gives up raises no Exception, and the thread must live
+        except BaseException as error:  # a panic in a tokenizer is no Exception; the thread must survive
             ending = "error"
             ticket.send(_as_api_error(error))
         self._metrics.endings.labels(ending).inc()
@@ -181,13 +181,13 @@ class Engine(Generic[Job]):
 
 
 def stopping() -> ApiError:
-    """The answer to a request that comes while the server stops, or that is ended by that."""
+    """The error of a request that arrives while the server is stopping, or is ended by it."""
     text = "this server is stopping. Try another, or again later."
     return ApiError(503, text, code="stopping", retry_after=RETRY_AFTER)
 
 
 def _as_api_error(error: BaseException) -> ApiError:
-    if isinstance(error, ZebraError):  # what the request could be wrong in was checked before
+    if isinstance(error, ZebraError):  # not the client's fault: requests are checked earlier
         return ApiError(500, str(error), code="model_error")
     if (fault := machine_fault(error)) is not None:
         return ApiError(503, fault, code="machine", retry_after=RETRY_AFTER)

@@ -1,4 +1,4 @@
-"""An error of the API: an HTTP status and OpenAI's JSON."""
+"""API errors: an HTTP status with OpenAI's JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 class ApiError(Exception):
-    """What a client gets in place of an answer.
+    """An error that is returned to the client.
 
     Args:
-        status: of HTTP.
-        message: the rule, the value and the remedy.
-        code: OpenAI's word for it, such as "context_length_exceeded".
-        param: the field of the request.
-        retry_after: seconds after which the client may try again.
+        status: HTTP status code.
+        message: the rule, the value seen and the remedy.
+        code: error code as in OpenAI's API, such as "context_length_exceeded".
+        param: the request field at fault.
+        retry_after: seconds after which the client should try again, sent as the header Retry-After.
     """
 
     def __init__(
@@ -33,12 +33,12 @@ class ApiError(Exception):
         self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
 
     def body(self) -> dict[str, Any]:
-        """The JSON that clients read: `{"error": {"message", "type", "param", "code"}}`."""
+        """The JSON body: `{"error": {"message", "type", "param", "code"}}`."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self, **headers: str) -> JSONResponse:
-        """The error as a response, with further headers."""
+        """The error as a response, with these additional headers."""
         if self.retry_after is not None:
             headers["retry-after"] = str(self.retry_after)
         if self.status == 401:
@@ -47,5 +47,5 @@ class ApiError(Exception):
 
 
 def internal_error() -> ApiError:
-    """What the server itself did wrong."""
+    """The error of an unexpected failure in the server, without its details."""
     return ApiError(500, "the server failed on this request; its log says why.", code="internal_error")

@@ -1,4 +1,4 @@
-"""What the engine hands to the answer of one request: pieces of text, and how it ended."""
+"""What the engine sends for one request: pieces of the answer, and how it ended."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers.cli.serving.utils import ToolCall
 
 
 class ScoredToken(NamedTuple):
-    """A token of an answer.
+    """A token of an answer with its log-probability.
 
     Attributes:
-        text: what it adds to the answer, `\\ufffd` for bytes that are no whole character.
+        text: the text that it adds to the answer, with `\\ufffd` for an incomplete character.
         logprob: its log-probability under the model.
-        bytes: of its text; None where the tokenizer does not say.
-        top: the likeliest tokens in its place.
+        bytes: its UTF-8 bytes; None if the tokenizer does not reveal them.
+        top: the most likely tokens at its position.
     """
 
     text: str
@@ -26,13 +26,13 @@ class ScoredToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a prompt has been read.
+    """The progress of a prefill.
 
     Attributes:
-        total: its tokens.
-        cached: those that a cache held.
-        processed: those that were read or cached.
-        seconds: of reading.
+        total: tokens of the prompt.
+        cached: prompt tokens that came from a KV cache.
+        processed: prompt tokens processed so far, including the cached ones.
+        seconds: time spent on the request by the engine so far.
     """
 
     total: int
@@ -41,14 +41,18 @@ class Progress:
     seconds: float
 
     def fields(self) -> dict[str, Any]:
-        """The fields that llama.cpp's server names `prompt_progress`."""
+        """The fields of `prompt_progress`, as in llama.cpp's server."""
         milliseconds = round(1000 * self.seconds)
         return {"total": self.total, "cache": self.cached, "processed": self.processed, "time_ms": milliseconds}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of an answer: a text, reasoning, a call of a tool, or the progress of reading; with scores its tokens."""
+    """A piece of an answer: text, reasoning, a tool call or the prefill progress.
+
+    Attributes:
+        tokens: the tokens since the piece before, if log-probabilities were requested.
+    """
 
     text: str = ""
     reasoning: str = ""
@@ -59,13 +63,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Finish:
-    """How an answer ended, and what it took.
+    """How an answer ended, with its token counts and times.
 
     Attributes:
-        reason: "stop" at a token or a string that ends it, "length" at the most tokens.
-        cached_tokens: those of the prompt that a cache held.
-        prompt_seconds: reading the rest of the prompt, to the first token.
-        seconds: of all tokens after the first.
+        reason: "stop" at an end token or a stop string, "length" at the token limit or the end of the context.
+        cached_tokens: prompt tokens that came from a KV cache.
+        prompt_seconds: time to the first token: prefill of the other prompt tokens, and one decoding step.
+        seconds: time of all tokens after the first.
     """
 
     reason: Literal["stop", "length"]
@@ -76,7 +80,7 @@ class Finish:
     seconds: float
 
     def timings(self) -> dict[str, Any]:
-        """The fields that llama.cpp's server names `timings`."""
+        """The fields of `timings`, as in llama.cpp's server."""
         read, after = self.prompt_tokens - self.cached_tokens, max(self.new_tokens - 1, 0)
         return {
             "cache_n": self.cached_tokens,

@@ -1,4 +1,4 @@
-"""What each request passes before it reaches a route: its size, its time, its token, and whether the server stops."""
+"""The checks before every route: body size and time, token, host and origin, and whether the server is stopping."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _POLICY = (
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; object-src 'none'; "
     "base-uri 'self'; frame-ancestors 'none'"
 )
-"""The page's Content-Security-Policy: gradio writes scripts into its page, and nothing comes from another site."""
+"""The page's Content-Security-Policy: gradio needs inline scripts; nothing is loaded from other sites."""
 _OPEN = ("/", "/health")
 """Paths that need no token."""
 _PASSWORD = 'Basic realm="any name, and the token as the password", charset="UTF-8"'
-"""How a browser asks for the token."""
+"""The WWW-Authenticate header that makes a browser ask for the token."""
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
 class Guard:
-    """ASGI middleware. It reads the whole body, so that a slow or a huge one never reaches a route.
+    """ASGI middleware that reads the whole body, so that a slow or oversized one never reaches a route.
 
     Args:
-        draining: whether the server stops.
-        paths: the paths of the API; others count as one in the metrics.
-        page: where the chat page lies. gradio parses bodies before its own login, so none of it is open.
+        draining: whether the server is stopping.
+        paths: the API paths that have their own label in the metrics; all others are counted as "other".
+        page: path of the chat page. All of it needs the token: gradio would parse a body before its own login.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Guard:
         self._draining, self._paths, self._page = draining, paths, page
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One request."""
+        """Check a request and pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -96,11 +96,11 @@ class Guard:
         if method == "POST" and self._draining():
             raise stopping()
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if method == "POST" and kind != "application/json":  # a browser sends other kinds from any site
+        if method == "POST" and kind != "application/json":  # a browser sends other types cross-site
             raise ApiError(415, f"a request's body is JSON, with Content-Type: application/json; got {kind!r}.")
 
     async def _whole_body(self, receive: Any, headers: dict[str, str]) -> Any:
-        """`receive` that hands out the body at once and then what the connection brings."""
+        """Read the whole body; return a `receive` that yields it in one message, then what the connection sends."""
         most, seconds = self._settings.max_body, self._settings.read_seconds
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > most:
@@ -137,27 +137,27 @@ class Guard:
 
 
 def _token(authorization: str, of_page: bool) -> bytes:
-    """The token that a client sends; a browser sends it to the page as a password."""
+    """The token of an Authorization header; for the page, browsers send it as the password of Basic."""
     scheme, _, value = authorization.partition(" ")
     if of_page and scheme.lower() == "basic":
         try:
             return base64.b64decode(value).partition(b":")[2]
         except ValueError:
             return b""
-    # Latin-1 as it came: compare_digest takes no text beyond ASCII.
+    # Bytes, because compare_digest rejects non-ASCII strings.
     return value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
 def _check_host(host: str, address: str) -> None:
-    """Reject a name of another site's that leads here."""
+    """Reject host names of other sites that resolve to this machine (DNS rebinding)."""
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     if name.lower() not in (*_LOOPBACK_NAMES, address):
         raise ApiError(403, f"this server answers to localhost alone; the request's Host is {host!r}.")
 
 
 def _check_origin(headers: dict[str, str]) -> None:
-    """Reject what a page of another site makes a browser send, which adds the page's password by itself."""
+    """Reject cross-site requests (CSRF): a browser would add the page's password to them by itself."""
     origin = headers.get("origin")
-    # A proxy that changes Host says so; a browser sends neither for another site.
+    # A proxy that changes Host sets X-Forwarded-Host; a page of another site cannot set either.
     if origin is not None and origin.partition("://")[2] not in (headers.get("host"), headers.get("x-forwarded-host")):
         raise ApiError(403, f"this server answers to its own page alone; the request's Origin is {origin!r}.")

@@ -1,4 +1,4 @@
-"""Bodies to jobs of the engine: the conversation in the model's template, as tokens, within the model's reach."""
+"""Convert request bodies to jobs: render the chat template, tokenize, and check the length against the context."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from zebra.streaming import ContextLengthError, context_room
 
 @dataclass(frozen=True)
 class Job:
-    """What the engine answers.
+    """A prompt to answer, and how.
 
     Attributes:
-        ids: tokens of the prompt.
-        stop: strings that end the answer and are left out of it.
-        scores: likeliest tokens that are listed beside each token with their log-probabilities; None for no scores.
-        parser: finds reasoning and calls of tools in the text, where the model's family has a grammar for them.
-        progress: whether the client is told how far the prompt is read.
+        ids: token IDs of the prompt.
+        stop: strings that end the answer and are not part of it.
+        scores: number of top tokens to list with each token's log-probability; None for no log-probabilities.
+        parser: transformers' parser of reasoning and tool calls; None if there is none for the model family.
+        progress: whether to send the prefill progress to the client.
     """
 
     ids: list[int]
@@ -44,14 +44,14 @@ class Job:
 
 
 class Prompts:
-    """Makes jobs for one model.
+    """Creates jobs for one model.
 
     Args:
-        name: of the model in the API.
-        model: read for its family and its reach.
-        tokenizer: used by this object alone: a tokenizer cannot serve two threads at once.
-        layout: of its layers, as results name it.
-        max_tokens: tokens of an answer whose request names no number.
+        name: the model's name in the API.
+        model: used for its config and family only, never run.
+        tokenizer: only this object may use it, because tokenizers are not thread-safe.
+        layout: the model's layout, as in results.
+        max_tokens: limit of new tokens for requests that set none.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class Prompts:
         self._lock = asyncio.Lock()
 
     def card(self) -> dict[str, Any]:
-        """The model as `/v1/models` lists it: its layout, and its reach by vLLM's name for it."""
+        """The model's entry in `/v1/models`: its layout, and its context length under vLLM's name `max_model_len`."""
         reach = longest_text(self._model.config, self_extend_of(self._model))
         return {"id": self.name, "layout": self._layout, "max_model_len": reach}
 
     def check_model(self, name: str | None) -> None:
-        """Reject another model.
+        """Check that a request names this model or none.
 
         Raises:
-            ApiError: 404.
+            ApiError: 404 for another name.
         """
         if name not in (None, self.name):
             raise ApiError(
@@ -87,14 +87,14 @@ class Prompts:
             )
 
     async def chat(self, body: ChatRequest) -> Job:
-        """A job of `/v1/chat/completions`."""
+        """Create the job of a `/v1/chat/completions` request."""
         self.check_model(body.model)
         scores = body.scores()
         ids, parser = await self._in_thread(self._templated, body.messages, body.tools, body.chat_template_kwargs)
         return self._job(ids, body, body.new_tokens(), scores=scores, parser=parser, progress=body.return_progress)
 
     async def completion(self, body: CompletionRequest) -> Job:
-        """A job of `/v1/completions`."""
+        """Create the job of a `/v1/completions` request."""
         self.check_model(body.model)
         prompt = body.prompt
         if isinstance(prompt, list):
@@ -107,7 +107,7 @@ class Prompts:
         return self._job(ids, body, body.max_tokens, scores=body.logprobs, progress=body.return_progress)
 
     async def responses(self, body: ResponsesRequest) -> Job:
-        """A job of `/v1/responses`."""
+        """Create the job of a `/v1/responses` request."""
         self.check_model(body.model)
         try:
             items = ResponseHandler._normalize_input(body.model_dump(exclude_none=True))
@@ -122,19 +122,19 @@ class Prompts:
         return self._job(ids, body, body.max_output_tokens, parser=parser)
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
-        """Tokens of a long document take seconds, in which the event loop goes on."""
+        """Run a function without blocking the event loop: tokenizing a long document takes seconds."""
         async with self._lock:
             try:
                 return await asyncio.to_thread(function, *arguments)
             except ZebraError as error:
                 raise ApiError(400, str(error)) from None
-            except BaseException as error:  # a tokenizer that gives up on a text raises no Exception
+            except BaseException as error:  # a panic in a tokenizer is no Exception
                 if isinstance(error, Exception) or (fault := machine_fault(error)) is None:
                     raise
                 raise ApiError(400, fault) from None
 
     def _templated(self, messages: list[Message], tools: list[Any], kwargs: dict[str, Any]) -> tuple[list[int], Any]:
-        """The tokens of a conversation, and the parser of its answer."""
+        """The token IDs of a conversation, and the parser of its answer."""
         inputs = [message.for_template() for message in messages]
 
         def encoded(**options: Any) -> list[int]:
@@ -150,7 +150,7 @@ class Prompts:
         return ids, self._parser(ids, tools)
 
     def _parser(self, ids: list[int], tools: list[Any]) -> Any:
-        # Transformers 5.17 has no tools here: arguments in XML are texts there, and typed by the tools' schemas later.
+        # transformers 5.17 has no such parameter; it returns all arguments in XML as strings, untyped.
         takes_tools = "tools" in inspect.signature(build_response_parser).parameters
         options = {"tools": tools} if tools and takes_tools else {}
         return build_response_parser(self._tokenizer, self._model, ids, **options)

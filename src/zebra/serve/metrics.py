@@ -1,4 +1,4 @@
-"""Counters of a server, in Prometheus' text format."""
+"""Metrics of the server, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """The counters of one server; a process may hold several servers."""
+    """The metrics of one server, in a registry of its own: a process may run several servers."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -30,5 +30,5 @@ class Metrics:
         self.caches = Gauge("zebra_caches", "Key-value caches that are kept", **of)
 
     def text(self) -> bytes:
-        """The page that Prometheus reads."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,6 +1,6 @@
-"""The chat page: gradio's chat over the same API, by its own HTTP address.
+"""The chat page: gradio's chat as a client of this server's HTTP API.
 
-Texts of documents and of the model are shown as they are, without Markdown or markup. Nothing loads from elsewhere.
+Documents and answers are shown as plain text, without Markdown or HTML. Nothing is loaded from other sites.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ Messages = list[dict[str, str]]
 def add_page(
     app: Any, path: str, *, address: Callable[[], str], card: dict[str, Any], layers: str, settings: ServeSettings
 ) -> Any:
-    """Mount the page on an application.
+    """Mount the chat page on an application, and redirect `/` to it.
 
     Args:
-        address: of this server.
-        card: the model as `/v1/models` lists it.
-        layers: the model's layers, a letter each: G global, L local.
+        address: returns this server's URL, which is known once it listens.
+        card: the model's entry in `/v1/models`.
+        layers: one letter per layer: G global, L local.
     """
     page = _Page(address, card, settings.api_key)
     app.add_api_route("/", lambda: RedirectResponse(f"{path}/"), include_in_schema=False)
@@ -65,7 +65,7 @@ def add_page(
 
 
 def _blocks(page: _Page, card: dict[str, Any], layers: str) -> Any:
-    """What is on the page, and what happens on it."""
+    """The components of the page and their events."""
     with gradio.Blocks(analytics_enabled=False, title=f"zebra: {card['id']}", fill_height=True) as blocks:
         messages = gradio.State([])
         gradio.HTML(_facts(card, layers))
@@ -94,25 +94,25 @@ def _blocks(page: _Page, card: dict[str, Any], layers: str) -> Any:
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asking = box.submit(page.answer, [box, chat, messages], [box, chat, messages, status], **private)
         stopping = box.stop(None, None, None, cancels=[asking], **private)
-        stopping.then(page.stopped, None, [box, status], **private)  # after the last piece
+        stopping.then(page.stopped, None, [box, status], **private)  # runs after the last piece
         chat.clear(lambda: ([], _status(_HINT)), None, [messages, status], **private)
     return blocks
 
 
 class _Page:
-    """The page's side of the chat."""
+    """The event handlers of the chat."""
 
     def __init__(self, address: Callable[[], str], card: dict[str, Any], api_key: str | None) -> None:
         self._address, self._card, self._key = address, card, api_key
 
     def stopped(self) -> tuple[Any, str]:
-        """The box takes the next message."""
+        """Make the box ready for the next message."""
         return _ready(), _status("Stopped")
 
     async def answer(
         self, message: dict[str, Any], shown: list[Any], messages: Messages
     ) -> AsyncIterator[tuple[Any, list[Any], Messages, str]]:
-        """The box, what the chat shows, the conversation as the API has it, and the line below, with each piece."""
+        """With each piece, yield the box, the messages to show, the messages for the API, and the status line."""
         text, files = message["text"], [Path(file) for file in message["files"]]
         if not text.strip() and not files:
             yield _ready(), shown, messages, _status(_HINT)
@@ -143,7 +143,7 @@ class _Page:
             yield _ready(), gradio.skip(), gradio.skip(), gradio.skip()
 
     async def _pieces(self, messages: Messages) -> AsyncIterator[tuple[str, str]]:
-        """The answer so far, and what to say of it."""
+        """Yield the answer so far and a status line."""
         text, usage, timings = "", None, None
         base = f"{self._address()}/v1"
         async with (
@@ -173,7 +173,7 @@ def _ready(text: str = "", files: Sequence[Path] = ()) -> Any:
 
 
 def _entry(role: str, text: str) -> dict[str, str]:
-    """A message of the chat: gradio takes a text for HTML, so each character of markup is written as an entity."""
+    """A message to show, with HTML escaped: gradio would render it."""
     return {"role": role, "content": html.escape(text, quote=False)}
 
 

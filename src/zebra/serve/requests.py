@@ -1,6 +1,6 @@
-"""The bodies of the API: which fields are served, which change nothing, and which are rejected.
+"""The request bodies of the API: which fields are supported, which are ignored, and which are rejected.
 
-OpenAI's fields are many. A field that would change the answer and is not served is an error, never ignored.
+OpenAI's API has many fields. An unsupported field that would change the answer is an error; it is never ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IGNORED = frozenset({
     "metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 })  # fmt: skip
-"""Fields that leave the answer as it is."""
+"""Fields that are accepted and ignored, because they do not change the answer."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "access_programs": ([],),
     "background": (False,),
@@ -39,7 +39,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("auto",),
     "truncation": ("disabled",),
 }
-"""Values of fields that are not served, and that ask for nothing."""
+"""Unsupported fields, each with the values that have no effect and are therefore accepted."""
 
 _MAX_STOPS, _MAX_STOP, _MAX_TOP_LOGPROBS = 16, 1000, 20
 Stop = Annotated[str, Field(min_length=1, max_length=_MAX_STOP)]
@@ -48,14 +48,14 @@ _OF_RENDERING = {name for function in _RENDERING for name in inspect.signature(f
 
 
 def _unicode(text: str) -> str:
-    """JSON can write half of a surrogate pair, which no tokenizer takes."""
+    """Reject unpaired surrogates, which JSON can express and no tokenizer accepts."""
     if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("it has half of a surrogate pair, which is no character")
     return text
 
 
 def _variables(names: dict[str, Any]) -> dict[str, Any]:
-    """Those of a template, and not how it is rendered."""
+    """Reject names that are parameters of the functions that render the template."""
     if reserved := sorted(_OF_RENDERING & names.keys()):
         raise ValueError(f"it holds variables of the chat template, and {', '.join(reserved)} are the server's own")
     return names
@@ -66,7 +66,7 @@ TemplateVariables = Annotated[dict[str, Any], AfterValidator(_variables)]
 
 
 def _json_object(text: Any, name: str) -> dict[str, Any]:
-    """A JSON object; clients send it as a string."""
+    """Parse a JSON object, which clients send as a string."""
     try:
         value = json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError):
@@ -77,14 +77,14 @@ def _json_object(text: Any, name: str) -> dict[str, Any]:
 
 
 class StreamOptions(BaseModel):
-    """How a stream ends."""
+    """OpenAI's `stream_options`: whether a last chunk has the token counts."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = False
 
 
 class Sampling(BaseModel):
-    """What all requests share; a field that is null is as one that is not there."""
+    """The fields that all requests share. A field that is null counts as absent."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     PROMPT: ClassVar[str]
@@ -117,11 +117,11 @@ class Sampling(BaseModel):
         return [stop] if isinstance(stop, str) else stop
 
     def decoding(self) -> dict[str, Any]:
-        """Fields of `zebra.decoding.Decoding`.
+        """The corresponding fields of `zebra.decoding.Decoding`.
 
-        Greedy where no temperature is named; a filter without one draws at OpenAI's default of 1. Without a seed,
-        and with -1 as clients of llama.cpp send it, each answer is drawn with another. A top_k of 0 or -1 filters
-        nothing, as in llama.cpp and vLLM.
+        - Without a temperature decoding is greedy. With top_p, top_k or min_p, but no temperature, it is 1.
+        - Without a seed, or with -1 (which clients of llama.cpp send), each answer gets a random seed.
+        - A top_k of 0 or -1 filters nothing, as in llama.cpp and vLLM.
         """
         top_p, top_k = None if self.top_p == 1 else self.top_p, None if self.top_k in (0, -1) else self.top_k
         filters = {"top_p": top_p, "top_k": top_k, "min_p": self.min_p}
@@ -133,7 +133,7 @@ class Sampling(BaseModel):
 
 
 def _with_generation_config(fields: dict[str, Any], served: set[str]) -> dict[str, Any]:
-    """The fields with those of `generation_config`, JSON that `transformers chat` sends, where they name none."""
+    """Fill absent fields from `generation_config`, the JSON that `transformers chat` sends."""
     text = fields.pop("generation_config", None)
     if text is None:
         return fields
@@ -149,7 +149,7 @@ def _with_generation_config(fields: dict[str, Any], served: set[str]) -> dict[st
 
 
 class Message(BaseModel):
-    """One message: a text, or parts that are texts."""
+    """One message, whose content is a text or a list of text parts."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -174,7 +174,7 @@ class Message(BaseModel):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """The message as a chat template takes it: its parts as lines of one text, and the client's other fields."""
+        """The message for a chat template: its parts joined by line breaks, and the client's other fields."""
         role = "system" if self.role == "developer" else self.role
         parts = self.content if isinstance(self.content, list) else [{"text": self.content or ""}]
         message = self.model_dump(exclude_none=True, exclude=None if self.tool_calls else {"tool_calls"})
@@ -196,11 +196,15 @@ class ChatRequest(Sampling):
     chat_template_kwargs: TemplateVariables = {}
 
     def new_tokens(self) -> int | None:
-        """Tokens of the answer, at most; None where the client leaves it open."""
+        """The maximum number of new tokens; None if the client sets none."""
         return self.max_completion_tokens or self.max_tokens
 
     def scores(self) -> int | None:
-        """Likeliest tokens whose log-probabilities are listed beside each token's own; None for none at all."""
+        """Number of top tokens to list with each token's log-probability; None for no log-probabilities.
+
+        Raises:
+            ApiError: 400 for `top_logprobs` without `logprobs`.
+        """
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         return self.top_logprobs if self.logprobs else None

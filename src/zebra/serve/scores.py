@@ -1,8 +1,8 @@
-"""Tokens as lists of log-probabilities name them: the text that each adds to an answer, and its bytes.
+"""Tokens in lists of log-probabilities: the text that each token adds to an answer, and its bytes.
 
-"Zoë 🐈"    tokens  Zo   ë     ·🐈 in part  the rest     (· a space)
-            text    Zo   ë     " " and \\ufffd    \\ufffd
-            bytes   5a6f c3ab  20 f0 9f         90 88
+"Zoë 🐈"    tokens  Zo    ë      a space, half of 🐈   the other half
+            text    Zo    ë      " \\ufffd"            \\ufffd
+            bytes   5a6f  c3ab   20 f0 9f              90 88
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _NO_CHARACTER = "\ufffd"
 def scored_token(
     tokenizer: PreTrainedTokenizerBase, token: int, logprob: float, top: tuple[ScoredToken, ...] = ()
 ) -> ScoredToken:
-    """A token with its text and bytes."""
+    """Build a `ScoredToken`: look up the token's text and bytes."""
     text = _text_within(tokenizer, token)
     bare = text.encode() if _NO_CHARACTER not in text else _stored_bytes(str(tokenizer.convert_ids_to_tokens(token)))
     return ScoredToken(text, logprob, bare, top)
 
 
 def _text_within(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text that it adds after other tokens."""
+    """The text that a token adds after other text."""
     before = tokenizer("a", add_special_tokens=False)["input_ids"]
     return decode_after(tokenizer, before, [token], special=True)
 
 
 def _stored_bytes(stored: str) -> bytes | None:
-    """The bytes of a token that is no whole character, by its name in the vocabulary; None where that says none.
+    """The bytes of a token that is part of a character, from its vocabulary entry; None if that is unknown.
 
-    Tokenizers name such tokens in one of two ways: `<0xF0>` is a byte (sentencepiece), or each character stands for a
-    byte (GPT-2).
+    Vocabularies write such tokens in one of two ways: `<0xF0>` is a byte (sentencepiece), or each character stands
+    for a byte (GPT-2).
     """
     if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", stored):
         return bytes.fromhex(match[1])

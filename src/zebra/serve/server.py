@@ -1,4 +1,4 @@
-"""The server's process: uvicorn, which lets running requests finish before it ends, and cuts slow clients off."""
+"""The server process: uvicorn, with a graceful shutdown and a timeout for slow clients."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from zebra.serve.settings import ServeSettings
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends once no request is left; a second signal ends the requests too.
+    """uvicorn's server. On a signal it finishes the accepted requests, then exits; a second signal aborts them.
 
     Args:
         listener: a bound socket.
-        engine: holds the requests.
-        on_start: called with the address when the server listens.
+        engine: answers the requests.
+        on_start: called with the URL when the server listens.
     """
 
     def __init__(
@@ -31,17 +31,17 @@ class Server(uvicorn.Server):
         self._listener, self._engine, self._on_start = listener, engine, on_start
         self._ending = False
         self.address = ""
-        """Where it listens, once it does."""
+        """The URL, once the server listens; empty before."""
 
     async def startup(self, sockets: Any = None) -> None:
-        """Listen, and report the address."""
+        """Listen, and report the URL."""
         await super().startup(sockets=[self._listener])
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._on_start(self.address)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """The first signal lets requests finish. The second answers them with an error, and uvicorn ends by itself."""
+        """Handle a signal: the first lets requests finish, the second ends them with an error and stops uvicorn."""
         if self._ending:
             self._engine.abort()
             super().handle_exit(sig, frame)
@@ -50,17 +50,17 @@ class Server(uvicorn.Server):
         self._engine.drain()
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second."""
+        """Exit when draining is complete; uvicorn calls this ten times a second."""
         if self._ending and self._engine.idle:
             self.should_exit = True
         return await super().on_tick(counter)
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    """A socket that has its address and does not listen yet, so that this is certain before a model is loaded.
+    """Bind a socket without listening, so that address errors show before a model is loaded.
 
     Raises:
-        ZebraError: another server has the port; the address is none of this machine.
+        ZebraError: the port is in use, or the address does not belong to this machine.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
@@ -75,7 +75,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def protocol(read_seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol, which closes a connection that sends no whole head of a request in time."""
+    """uvicorn's protocol, which closes a connection that does not send the complete headers of a request in time."""
 
     class TimedProtocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:
@@ -97,7 +97,7 @@ def protocol(read_seconds: float) -> type[H11Protocol]:
 
 
 def config(app: Any, settings: ServeSettings) -> uvicorn.Config:
-    """uvicorn's options."""
+    """The options of uvicorn."""
     return uvicorn.Config(
         app,
         http=protocol(settings.read_seconds),

@@ -1,4 +1,4 @@
-"""What a server is started with; checked before torch is imported."""
+"""The settings of a server, which are checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How a server listens, and what it takes.
+    """The address of a server, its token and its limits.
 
     Args:
-        host, port: where it listens; port 0 takes any free one.
-        api_key: the bearer token that clients must send; None asks for none.
-        cache_memory: bytes of key-value caches that are kept for the next turn of a conversation.
-        max_queue: requests that wait for the model; one more gets 429.
-        max_seconds: a request's time, waiting included; then it gets 504.
-        max_body: bytes of a request's body; a longer one gets 413.
-        max_tokens: tokens of an answer whose request names no number.
-        read_seconds: a client's time to send its request; then it gets 408.
-        page: whether the chat page is served; None: on loopback, where gradio is installed.
+        host, port: the address to listen on; port 0 chooses a free one.
+        api_key: the bearer token that clients must send; None for no authentication.
+        cache_memory: limit in bytes of the KV caches that are kept for later turns of conversations.
+        max_queue: maximum number of waiting requests; a further one gets 429.
+        max_seconds: time limit of a request, including its time in the queue; after it the request gets 504.
+        max_body: maximum size of a request's body in bytes; a larger one gets 413.
+        max_tokens: limit of new tokens for requests that set none.
+        read_seconds: time limit for sending a request; a slower client gets 408.
+        page: whether to serve the chat page; None serves it on loopback if gradio is installed.
 
     Raises:
-        ZebraError: an address beyond loopback without a token; a limit that is too small; a token that no header holds.
+        ZebraError: an address beyond loopback without a token; a limit out of range; a token that is not printable
+            ASCII, or that begins or ends with a space.
     """
 
     host: str = "127.0.0.1"
@@ -59,7 +60,7 @@ class ServeSettings:
 
     @property
     def on_loopback(self) -> bool:
-        """Whether nothing but this machine reaches the address."""
+        """Whether only this machine can reach the address."""
         if self.host == "localhost":
             return True
         try:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a running server."""
+"""Build a server from a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def make_server(
     on_start: Callable[[str, bool], None] = lambda address, page: None,
     **loading: Any,
 ) -> Server:
-    """A server of a checkpoint, loaded; its `run` serves until a signal ends it.
+    """Load a checkpoint and return a server for it; call its `run`, which serves until a signal ends it.
 
     Args:
-        on_start: called when it listens, with the address and whether the page is served.
+        on_start: called when the server listens, with its URL and whether the chat page is served.
         loading: the fields of `zebra.model.load_options.LoadOptions`.
 
     Raises:
-        ZebraError: as `EvalTarget`; an address that is taken, or none of this machine; a page without gradio.
+        ZebraError: as `EvalTarget`; a port in use, or an address of another machine; the page without gradio installed.
     """
     with_page = _serves_page(settings)
     with ExitStack() as on_error:
@@ -62,7 +62,7 @@ def make_server(
                 app, PAGE, address=lambda: server.address, card=prompts.card(), layers=layers, settings=settings
             )
         server = Server(config(app, settings), listener, engine, lambda address: on_start(address, with_page))
-        on_error.pop_all()  # the server closes it
+        on_error.pop_all()  # from here on the server closes the socket
         return server
 
 

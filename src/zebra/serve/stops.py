@@ -1,24 +1,28 @@
-"""Strings that end an answer and are no part of it."""
+"""Stop strings, which end an answer and are not part of it."""
 
 from __future__ import annotations
 
 
 class StopFilter:
-    """Text as it comes, without the first stop string and all that follows.
+    """Cuts streamed text before the first stop string.
 
-    What may be the beginning of a stop string is held back until more text decides.
+    Text that may be the beginning of a stop string is held back until more text decides.
 
-        stop "END"    in: "a E" "N" "x"    out: "a " "" "ENx"
+        stop "END"    in: "a E" "N" "x"     out: "a " "" "ENx"
+                      in: "a E" "N" "Dx"    out: "a " "" ""
 
     Args:
-        stop: the strings.
+        stop: the stop strings.
+
+    Attributes:
+        stopped: whether a stop string was seen.
     """
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop, self._back, self.stopped = stop, "", False
 
     def put(self, text: str) -> str:
-        """The part of the text so far that is certain, and was not returned before."""
+        """Add text; return what is certain and was not returned before."""
         if self.stopped:
             return ""
         text = self._back + text
@@ -31,11 +35,11 @@ class StopFilter:
         return text[: len(text) - held]
 
     def end(self) -> str:
-        """What was held back: no stop string came."""
+        """Return the text that was held back; no stop string followed."""
         text, self._back = self._back, ""
         return text
 
 
 def _overlap(text: str, string: str) -> int:
-    """The longest end of a text with which a string begins."""
+    """Length of the longest suffix of a text that is a proper prefix of a string."""
     return next((size for size in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:size])), 0)
