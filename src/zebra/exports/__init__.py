@@ -1,4 +1,4 @@
-"""A striped checkpoint for other engines: a GGUF file for llama.cpp, folders for MLX, vLLM and SGLang."""
+"""Export striped checkpoints to other engines: a GGUF file for llama.cpp, a folder for MLX, vLLM or SGLang."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from zebra.model.checkpoint_files import check_checkpoint, check_gguf_package
 from zebra.stripes import Stripes
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
-"""Types of the matrices of a GGUF file that is written from a folder."""
+"""Types of the weight matrices in a GGUF file that is written from a folder."""
 
 
 class Exported(NamedTuple):
-    """What an export wrote, the layout that it has, and the command that runs it."""
+    """The path that an export wrote, its layout, and the shell command that runs it."""
 
     target: str
     layout: str
@@ -33,12 +33,12 @@ def check_export(
     stripes: Stripes | str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Check what `export` is given, as far as that needs no torch.
+    """Check the arguments of `export`, as far as that needs no torch.
 
     Raises:
-        ZebraError: as `check_checkpoint` and `Stripes.parse`; an unknown engine or dtype, or a dtype where weights are
-            copied as they are; a target that exists or cannot be written, or is no name of a GGUF file; no package
-            gguf to write one.
+        ZebraError: as `check_checkpoint` and `Stripes.parse`; an unknown engine or dtype; a dtype for an export that
+            copies the weights unchanged; a target that exists, cannot be written, or does not have the suffix that
+            the engine needs; the package gguf is not installed.
     """
     if to not in TARGETS:
         raise ZebraError(f"there is no export to {to!r}; there is one to {', '.join(TARGETS)}. Choose one.")
@@ -66,18 +66,22 @@ def export(
     stripes: Stripes | str | None = None,
     dtype: str | None = None,
 ) -> Exported:
-    """Write a checkpoint with stripes as another engine reads it.
+    """Write a checkpoint with stripes in the format of another engine.
 
     Args:
-        checkpoint: a folder, or a GGUF file; to `gguf` the tensors of the latter are copied bit for bit.
-        target: a file for `gguf`, else a folder; it appears whole or not at all.
+        checkpoint: a folder or a GGUF file. From GGUF to `gguf` the tensors are copied bit for bit.
+        target: a file for `gguf`, otherwise a folder; it appears complete or not at all.
         to: `gguf` (llama.cpp), `mlx`, `vllm` or `sglang`.
         stripes: a layout or its notation; None keeps that of the checkpoint, which must have one.
-        dtype: of the matrices of a GGUF file from a folder; float16 where None.
+        dtype: type of the weight matrices in a GGUF file that is written from a folder, from `DTYPES`; None means f16.
+
+    Returns:
+        the path, the layout, and the shell command that runs the export.
 
     Raises:
-        ZebraError: as `check_export` and `zebra.convert`; no stripes; sinks or full decoding; quantised weights that
-            are not a GGUF file's; the engine cannot run this family with this layout exactly, with the reason.
+        ZebraError: as `check_export` and `zebra.convert`; no stripes; attention sinks or full decoding; quantised
+            weights to `gguf` or `mlx`, except from a GGUF file; an engine that cannot run this family with this
+            layout exactly, with the reason.
     """
     check_export(checkpoint, target, to, stripes, dtype)
     from zebra.exports.folders import export_folder

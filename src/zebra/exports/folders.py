@@ -1,4 +1,4 @@
-"""A checkpoint's folder as MLX, vLLM and SGLang read it: the same weight files, another config.json, and a README."""
+"""Export a folder for MLX, vLLM or SGLang: the same weight files, another config.json, and a README."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Fields = dict[str, Any]
 
 
 class _MlxFamily(NamedTuple):
-    """A family in mlx-lm.
+    """A model family in mlx-lm.
 
     Attributes:
         model_type: the module of mlx_lm.models that runs it.
-        period: whether it reads a period whose last layer is global, else each layer's kind.
-        both: whether it needs a layer of each kind, else a global one.
-        unsupported: what it cannot run of a config, or None.
+        period: whether it reads a period whose last layer is global, instead of a list with each layer's kind.
+        both: whether it needs at least one layer of each kind; otherwise one global layer is enough.
+        unsupported: returns what it cannot run of a config, or None.
     """
 
     model_type: str
@@ -67,7 +67,7 @@ MLX: dict[str, _MlxFamily] = {
 
 
 def _mlx_fields(config: PreTrainedConfig, fields: Fields) -> Fields:
-    """config.json for mlx-lm, which knows no cwm, and takes a rope of base 10,000 where `rope_theta` is absent."""
+    """The fields of config.json for mlx-lm; a ZebraError if it cannot run this family, config or layout."""
     family = MLX.get(config.model_type)
     if family is None:
         raise ZebraError(
@@ -101,14 +101,14 @@ def _unread_rope(config: PreTrainedConfig) -> str | None:
 
 
 def _sglang_fields(config: PreTrainedConfig, fields: Fields) -> Fields:
-    """SGLang's Transformers backend lets a query see `sliding_window` keys before it, its own not counted."""
+    """The fields for SGLang's Transformers backend, whose `sliding_window` does not count the query's own key."""
     if config.sliding_window == 1:
         raise ZebraError(f"SGLang has no window of the query's own key alone. Choose a larger one. {REMEDY}")
     return fields | {"sliding_window": config.sliding_window - 1}
 
 
 def _stock(config: PreTrainedConfig, fields: Fields) -> Fields:
-    """vLLM counts the layers that predict further tokens, and fails where a class has the field and no number."""
+    """The fields for vLLM, which fails if the number of multi-token-prediction layers is null: it becomes 0."""
     counted = "num_nextn_predict_layers"
     return fields | ({counted: 0} if counted in fields and fields[counted] is None else {})
 
@@ -126,7 +126,7 @@ _NOTES = {
 
 
 def command_of(to: str, config: PreTrainedConfig, target: Path) -> str:
-    """The command that serves an exported folder, as a shell reads it."""
+    """The shell command that runs an exported folder."""
     name = shlex.quote(str(target))
     if to == "mlx":
         return f"mlx_lm.generate --model {name} --prompt 'Once upon a time'"
@@ -139,20 +139,20 @@ def command_of(to: str, config: PreTrainedConfig, target: Path) -> str:
 def export_folder(
     source: str | os.PathLike[str], target: Path, config: PreTrainedConfig, local: LocalAttention, to: str
 ) -> str:
-    """Write a folder for an engine, whole or not at all, and return the command that serves it.
+    """Write a folder for an engine, completely or not at all, and return the shell command that runs it.
 
     Raises:
-        ZebraError: the engine has no class for it, or would run it wrongly.
+        ZebraError: the engine has no class for this model, or would run it incorrectly.
     """
     command = command_of(to, config, target)
-    _FIELDS[to](config, {})  # before any file
+    _FIELDS[to](config, {})  # raises before any file is written
     with converted_folder(Path(source), target, config, local, engine=to) as aside:
         file = aside / "config.json"
         fields = _FIELDS[to](config, json.loads(file.read_text(encoding="utf-8")))
         atomic_write(file, json.dumps(fields, indent=2, sort_keys=True) + "\n")
         readme = aside / "README.md"
         card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-        card = _SECTION.sub("", card)  # that of an export which this one is made of
+        card = _SECTION.sub("", card)  # the section of an earlier export, if that is the source
         atomic_write(readme, printable(f"{card}\n\n{_readme(to, config, command)}".lstrip()))
     return command
 

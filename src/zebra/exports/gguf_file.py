@@ -1,4 +1,4 @@
-"""A checkpoint with stripes as one GGUF file: from a GGUF file, whose tensors are copied, or from a folder."""
+"""Write a GGUF file with stripes: from another GGUF file, whose tensors are copied, or from a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zebra.stripes import GLOBAL, LOCAL, Stripes
 
 
 def layout_of(model: GgufModel) -> Stripes | None:
-    """The layout that a file names, None where it names none."""
+    """The layout in a model's metadata; None if it has none."""
     window, pattern = model.own("attention.sliding_window"), model.own("attention.sliding_window_pattern")
     if not window or pattern is None:
         return None
@@ -31,13 +31,13 @@ def layout_of(model: GgufModel) -> Stripes | None:
 def export_file(
     source: str | os.PathLike[str], target: str | os.PathLike[str], stripes: Stripes | str | None
 ) -> Stripes:
-    """Write a GGUF file with the tensors of another, bit for bit, and stripes.
+    """Copy a GGUF file with a layout (None: its own). The weights stay the same bit for bit.
 
     Returns:
         the layout that was written.
 
     Raises:
-        ZebraError: no layout; as `with_stripes` of a config and of a GGUF file.
+        ZebraError: no layout; as `zebra.model.families.with_stripes` and `zebra.exports.llama_cpp.with_stripes`.
     """
     model = read_model(source)
     check_architecture(model.architecture)
@@ -45,7 +45,7 @@ def export_file(
     layout = layout or layout_of(model)
     if layout is None:
         raise ZebraError(f"{source} names no stripes. Give them, such as GLLL:512; `zebra select` measures which.")
-    striped_config(gguf_config(source), layout)  # as for any checkpoint: layers that the model has, and may change
+    striped_config(gguf_config(source), layout)  # checks the layout against the model, as for a folder
     write_model(with_stripes(model, layout), target)
     return layout
 
@@ -53,13 +53,13 @@ def export_file(
 def export_folder_as_file(
     source: str | os.PathLike[str], target: str | os.PathLike[str], config: PreTrainedConfig, dtype: str
 ) -> Stripes:
-    """Write a folder's model as a GGUF file with the stripes of a config, which `zebra.load` would run.
+    """Write a folder as a GGUF file with the stripes of its converted config, and matrices of a dtype.
 
     Returns:
         the layout that was written.
 
     Raises:
-        ZebraError: as `folder_model` and `with_stripes` of a GGUF file.
+        ZebraError: as `folder_model` and `zebra.exports.llama_cpp.with_stripes`.
     """
     check_family(config, source)
     layout = stripes_of(config)

@@ -1,6 +1,6 @@
-"""A checkpoint's folder as a model of llama.cpp without stripes: the family's own architecture, names and layouts.
+"""Convert a folder to a llama.cpp model without stripes, with the family's own architecture and tensor names.
 
-`zebra.exports.llama_cpp` then gives it stripes, as it does to a GGUF file.
+`zebra.exports.llama_cpp` then adds stripes, as it does for a GGUF file.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from zebra.model.checkpoint import load_tokenizer
 from zebra.stripes import GLOBAL, LOCAL
 
 KINDS = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}
-"""Types of matrices: ggml's name, and the number of `general.file_type`."""
+"""Types of weight matrices: ggml's name, and the value of `general.file_type`."""
 
 
 class Family(NamedTuple):
-    """A family as llama.cpp has it.
+    """A model family in llama.cpp.
 
     Attributes:
-        architecture: llama.cpp's name; names: that of the package `gguf` whose tensor names are the same.
-        paired: whether queries and keys are rotated by neighbours there, and by halves in transformers.
-        unsupported: what llama.cpp cannot run of a config, or None.
-        more: further metadata.
+        architecture: llama.cpp's name of it.
+        names: the architecture of the package `gguf` whose table of tensor names fits.
+        paired: whether llama.cpp's rope rotates pairs of neighbours (2r, 2r + 1); transformers' is (r, r + D / 2).
+        unsupported: returns what llama.cpp cannot run of a config, or None.
+        more: returns further metadata.
     """
 
     architecture: str
@@ -120,14 +121,14 @@ FAMILIES: dict[str, Family] = {
     "granite_swa": Family("granite_swa", "granite", True, _other_bases, _granite_scales),
     "gpt_oss": Family("gpt-oss", "gpt-oss", more=_expert_sizes),
 }
-"""By `model_type`: those that llama.cpp can run with stripes."""
+"""The families that llama.cpp can run with stripes, by `model_type`."""
 
 
 def check_family(config: PreTrainedConfig, path: Any) -> Family:
-    """The family of a config in llama.cpp.
+    """The llama.cpp family of a config.
 
     Raises:
-        ZebraError: it has none that runs stripes, or cannot run this member of it.
+        ZebraError: llama.cpp has no such family with stripes, or cannot run this config of it.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -141,11 +142,11 @@ def check_family(config: PreTrainedConfig, path: Any) -> Family:
 
 
 def folder_model(path: str | os.PathLike[str], model: PreTrainedModel, dtype: str) -> GgufModel:
-    """A model of transformers as llama.cpp has its family, without stripes.
+    """Convert a transformers model to llama.cpp's names, layouts and metadata, without stripes.
 
     Args:
-        path: the folder, of which the tokenizer is read.
-        dtype: of the matrices, a key of `KINDS`; norms, biases and routers are float32.
+        path: the folder with the tokenizer.
+        dtype: type of the weight matrices, a key of `KINDS`; norms, biases and routers are float32.
 
     Raises:
         ZebraError: as `check_family` and `tokenizer_metadata`; a rope that llama.cpp has no metadata for.
@@ -188,7 +189,7 @@ def _metadata(config: PreTrainedConfig, tensors: dict[str, GgufTensor]) -> dict[
 
 
 def _rope(config: PreTrainedConfig, width: int, tensors: dict[str, GgufTensor]) -> dict[str, Any]:
-    """The metadata of a rope; Llama 3.1's ramp is a tensor of factors."""
+    """The metadata of a rope. Llama 3.1's scaling is a tensor instead, which is added to `tensors`."""
     rope = config.rope_parameters
     local, rope = (rope[LOCAL], rope[GLOBAL]) if GLOBAL in rope else (rope, rope)
     metadata = {"rope.freq_base": float(rope["rope_theta"])}
@@ -211,7 +212,7 @@ def _rope(config: PreTrainedConfig, width: int, tensors: dict[str, GgufTensor]) 
 
 
 def _llama3_factors(config: PreTrainedConfig, width: int) -> np.ndarray:
-    """What llama.cpp divides the frequencies by: the plain ones over those of transformers."""
+    """The (D / 2,) factors by which llama.cpp divides the unscaled frequencies."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -246,8 +247,8 @@ _SINKS = "attn_sinks"
 
 
 def _parts(name: str, tensor: Tensor, family: Family) -> list[tuple[str, Tensor]]:
-    """A tensor of transformers as those of llama.cpp that hold it, by names that end in weight or bias."""
-    if name.endswith("gate_up_proj_bias"):  # gpt-oss, whose gates and ups alternate, with inputs first
+    """Split and transpose a tensor as llama.cpp stores it; return names that end in .weight or .bias, with tensors."""
+    if name.endswith("gate_up_proj_bias"):  # gpt-oss: gates and ups alternate, and weights are (in, out)
         stem = name.removesuffix("gate_up_proj_bias")
         return [(f"{stem}gate_proj.bias", tensor[..., ::2]), (f"{stem}up_proj.bias", tensor[..., 1::2])]
     if name.endswith("gate_up_proj") and family.architecture == "gpt-oss":
@@ -269,7 +270,7 @@ def _parts(name: str, tensor: Tensor, family: Family) -> list[tuple[str, Tensor]
 
 
 def _stored(tensor: Tensor, name: str, kind: GGMLQuantizationType) -> GgufTensor:
-    """A tensor in its type in the file: matrices as asked, where their rows are whole blocks."""
+    """A tensor in its type in the file: `kind` for matrices, or float16 where rows are not a multiple of its block."""
     if tensor.ndim == 1 or name.endswith(".bias") or "norm" in name or "ffn_gate_inp" in name:
         kind = GGMLQuantizationType.F32
     elif tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:

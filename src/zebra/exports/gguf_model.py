@@ -1,7 +1,7 @@
-"""A GGUF file in memory: metadata with its types, and tensors that are read when they are written.
+"""A GGUF model in memory: metadata with its types, and tensors that are read lazily, when they are written.
 
-Tensors of any type are copied as bytes, so that quantised ones stay what they are. Rows of a matrix lie one after the
-other, each in blocks of its own: rows can be moved without dequantising.
+Tensors of any type are copied as bytes, so quantised ones stay unchanged. Each row of a matrix has its own blocks, so
+rows can be permuted without dequantising.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class GgufTensor:
     """A tensor that is read when it is needed.
 
     Attributes:
-        shape: as torch has it.
+        shape: in torch's order, the reverse of the file's.
         kind: ggml's type.
-        read: its bytes, as an array whose last dimensions are a row's.
+        read: returns its data. The last dimension is a row's, in bytes for types that numpy does not have.
     """
 
     shape: tuple[int, ...]
@@ -44,12 +44,12 @@ class GgufTensor:
 
     @property
     def size(self) -> int:
-        """Bytes in the file."""
+        """Size in the file in bytes."""
         elements, width = GGML_QUANT_SIZES[self.kind]
         return math.prod(self.shape) // elements * width
 
     def paired_rows(self, heads: int) -> GgufTensor:
-        """The rows of each head in the order of llama.cpp's rope of neighbours: (r, r + D / 2) side by side."""
+        """Permute the rows of each head for a rope that rotates neighbours: rows r and r + D / 2 become adjacent."""
 
         def read() -> np.ndarray:
             rows = self.read()
@@ -59,18 +59,19 @@ class GgufTensor:
         return GgufTensor(self.shape, self.kind, read)
 
     def as_one_expert(self) -> GgufTensor:
-        """The same bytes with a dimension of one expert before the others."""
+        """The same data with a leading dimension of one expert."""
         return GgufTensor((1, *self.shape), self.kind, self.read)
 
 
 @dataclass
 class GgufModel:
-    """A model as llama.cpp reads it.
+    """The contents of a GGUF file.
 
     Attributes:
-        architecture: llama.cpp's name of its family.
-        metadata: values by key; those of the architecture without its prefix. Types follow from the values where
-            `types` does not have them.
+        architecture: llama.cpp's name of the model family.
+        metadata: values by full key, such as `llama.block_count`.
+        tensors: by name, in the order of the file.
+        types: GGUF types by key, with the element type of arrays. Keys without one get the type of their value.
     """
 
     architecture: str
@@ -79,11 +80,11 @@ class GgufModel:
     types: dict[str, tuple[GGUFValueType, GGUFValueType | None]] = field(default_factory=dict)
 
     def own(self, key: str) -> Any:
-        """A value of the architecture's own metadata, or None."""
+        """The value of `{architecture}.{key}` in the metadata, or None."""
         return self.metadata.get(f"{self.architecture}.{key}")
 
     def renamed(self, architecture: str, more: Mapping[str, Any], tensors: dict[str, GgufTensor]) -> GgufModel:
-        """The model as one of another architecture, with more of its metadata."""
+        """The model with another architecture and other tensors; `more` is metadata by keys without the prefix."""
 
         def name(key: str) -> str:
             own = key.startswith(f"{self.architecture}.")
@@ -99,10 +100,10 @@ class GgufModel:
 
 
 def read_model(path: str | os.PathLike[str]) -> GgufModel:
-    """A GGUF file.
+    """Open a GGUF file; its tensors are memory-mapped.
 
     Raises:
-        ZebraError: it cannot be read, or names no architecture.
+        ZebraError: the file cannot be read, or has no `general.architecture`.
     """
     try:
         reader = GGUFReader(path)
@@ -115,7 +116,7 @@ def read_model(path: str | os.PathLike[str]) -> GgufModel:
     architecture = metadata.pop("general.architecture", None)
     if not isinstance(architecture, str):
         raise ZebraError(f"a GGUF model names its general.architecture; {path} has {architecture!r}. Export it again.")
-    metadata.pop(_ALIGNMENT, None)  # ours are aligned by the default
+    metadata.pop(_ALIGNMENT, None)  # files are written with the default alignment
     return GgufModel(architecture, metadata, tensors, types)
 
 
@@ -128,7 +129,7 @@ def _types(types: list[GGUFValueType]) -> tuple[GGUFValueType, GGUFValueType | N
 
 
 def _type_of(value: Any) -> GGUFValueType:
-    """The type that llama.cpp expects of a value: whole numbers are unsigned, others of single precision."""
+    """The type that llama.cpp expects of a value: integers are unsigned, floats of single precision."""
     for kind, name in ((bool, "BOOL"), (int, "UINT32"), (float, "FLOAT32"), (str, "STRING"), (list, "ARRAY")):
         if isinstance(value, kind):
             return GGUFValueType[name]
@@ -136,11 +137,11 @@ def _type_of(value: Any) -> GGUFValueType:
 
 
 def write_model(model: GgufModel, path: str | os.PathLike[str]) -> None:
-    """Write a GGUF file, whole or not at all; one tensor at a time is in memory."""
+    """Write a GGUF file, completely or not at all, with one tensor at a time in memory."""
     with atomic_file(path) as aside, closing(GGUFWriter(None, model.architecture)) as writer:
         for key, value in model.metadata.items():
             kind, part = model.types.get(key, (_type_of(value), None))
-            if kind == GGUFValueType.ARRAY and not value:  # the package cannot write an empty one
+            if kind == GGUFValueType.ARRAY and not value:  # the package cannot write empty arrays
                 continue
             if kind == GGUFValueType.ARRAY and part is None:
                 part = GGUFValueType.INT32 if type(value[0]) is int else _type_of(value[0])

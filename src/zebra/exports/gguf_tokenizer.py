@@ -1,7 +1,7 @@
-"""A tokenizer of transformers as llama.cpp's metadata: `tokenizer.ggml.*` and the chat template.
+"""Convert a transformers tokenizer to llama.cpp's metadata: `tokenizer.ggml.*` and the chat template.
 
-Two kinds can be written: byte-level pairs, whose split before the merges llama.cpp knows by a name, and sentencepiece's
-pairs, whose scores are the order of the merges. Others: llama.cpp's own converter knows some of them.
+Two kinds are supported: byte-level BPE with a pre-tokenizer that llama.cpp has a name for, and sentencepiece BPE with
+byte fallback, whose scores are the ranks of the merges. llama.cpp's own converter supports some others.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _LOWEST_SCORE = -1e6
 def tokenizer_metadata(
     tokenizer: PreTrainedTokenizerBase, vocab_size: int, end_tokens: list[int], path: Any, remedy: str
 ) -> dict[str, Any]:
-    """The metadata of a tokenizer.
+    """The metadata of a tokenizer. Logs a warning if llama.cpp has no field for some of the end tokens.
 
     Args:
-        vocab_size: embeddings of the model; ids beyond the tokenizer's are written as unused.
-        end_tokens: those that end an answer: the text's end first, then those of a turn and of a message.
-        path: of the checkpoint, and remedy: the last sentence; both for errors.
+        vocab_size: number of embeddings of the model; IDs without a token are written as unused.
+        end_tokens: tokens that end an answer: first the end of text, then those of a turn and of a message.
+        path, remedy: the checkpoint and the last sentence, for errors.
 
     Raises:
-        ZebraError: a tokenizer of another kind, or with a split that llama.cpp has no name for.
+        ZebraError: a tokenizer of another kind, or with a pre-tokenizer or another step that llama.cpp does not have.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
@@ -66,7 +66,7 @@ def tokenizer_metadata(
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The tokens that are put before a text, and after it."""
+    """The special tokens that the tokenizer puts before and after a text."""
     text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
     whole: list[int] = tokenizer("a").input_ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), len(whole))
@@ -74,7 +74,7 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 
 def _fault(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> str | None:
-    """What llama.cpp would not do with a text, or None."""
+    """What the tokenizer does with a text and llama.cpp does not, or None."""
     model, steps = state["model"], _steps(state)
     before, after = _around(tokenizer)
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
@@ -83,20 +83,20 @@ def _fault(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> str | N
         return "marks parts of words"
     if model.get("byte_fallback"):
         spaces = ({"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"})
-        split = {"type": "Split", "pattern": {"String": " "}}  # there is none left
+        split = {"type": "Split", "pattern": {"String": " "}}  # no effect: the spaces were replaced before
         other = [
             each
             for each in steps
             if each not in spaces and each["type"] != "Metaspace" and not split.items() <= each.items()
         ]
     else:
-        normalizer = state.get("normalizer") or {"type": "NFC"}  # most texts have it already
+        normalizer = state.get("normalizer") or {"type": "NFC"}  # most texts are in NFC already
         other = [each for each in normalizer.get("normalizers", [normalizer]) if each["type"] != "NFC"]
     return f"changes a text by {other[0]['type']}" if other else None
 
 
 def _steps(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is done with a text before the merges, step by step."""
+    """The steps of the normalizer and the pre-tokenizer, in order."""
     both = [step for name in ("normalizer", "pre_tokenizer") if (step := state.get(name))]
     return [each for step in both for each in step.get("normalizers", step.get("pretokenizers", [step]))]
 
@@ -116,7 +116,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], vocab_siz
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """Minus the rank of the first merge that makes a token: the order in which sentencepiece would make them."""
+    """Each token's score: minus the rank of the first merge that yields it, as sentencepiece merges by score."""
     ranks: dict[str, float] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", ""), -float(rank))
@@ -124,16 +124,16 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def _prefixes_space(state: dict[str, Any]) -> bool:
-    """Whether a space is put before a text."""
+    """Whether the tokenizer puts a space before a text."""
     steps = _steps(state)
     metaspace = any(step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never" for step in steps)
     return metaspace or any(step.get("type") == "Prepend" for step in steps)
 
 
 def _split_name(state: dict[str, Any], path: Any, remedy: str) -> str:
-    """llama.cpp's name of how text is split before the merges."""
+    """llama.cpp's name of the pre-tokenizer."""
 
-    def essence(split: Any) -> Any:  # trim_offsets moves no token
+    def essence(split: Any) -> Any:  # trim_offsets does not change the tokens
         if isinstance(split, dict):
             return {name: essence(value) for name, value in split.items() if name != "trim_offsets"}
         return [essence(each) for each in split] if isinstance(split, list) else split

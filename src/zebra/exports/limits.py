@@ -1,4 +1,4 @@
-"""What several engines cannot run of a config. Nothing here needs the package gguf, which MLX and vLLM do without."""
+"""What several engines cannot run of a config. Nothing here needs the package gguf: MLX and vLLM do without it."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ REMEDY = "Serve the folder with zebra or transformers instead."
 
 
 def other_activation(config: PreTrainedConfig) -> str | None:
-    """An activation that engines do not read of a config, as their code has the family's own; None where it is that."""
+    """An activation other than the family's own, which engines hard-code; None if it is the same."""
     own = ("gelu_pytorch_tanh",) if config.model_type.startswith("gemma") else ("silu", "swish")
     used = getattr(config, "hidden_activation", None) or config.hidden_act
     return None if used in own else f"the activation {used}"
 
 
 def scaled_local_rope(config: PreTrainedConfig) -> str | None:
-    """A scaled rope of local layers, where engines scale that of global ones alone."""
+    """A scaled rope of local layers, which engines that scale only global layers cannot run; None if unscaled."""
     local = config.rope_parameters.get(LOCAL, {})
     return None if local.get("rope_type", "default") == "default" else "a rope of local layers that is scaled"
 
 
 def other_local_rope(config: PreTrainedConfig) -> str | None:
-    """What engines with one base, and a scaling of global layers alone, cannot run; None where all is well."""
+    """A rope of local layers that is scaled, or has another base than that of global layers; None if neither."""
     local, whole = config.rope_parameters[LOCAL], config.rope_parameters[GLOBAL]
     plain = scaled_local_rope(config) is None and local["rope_theta"] == whole["rope_theta"]
     return None if plain else "a rope of local layers that is scaled or has another base"
 
 
 def period_of(layer_types: tuple[str, ...], reader: str) -> int:
-    """The period of the layers where the last of each is global; 0 where all are local.
+    """The period of layers in which only the last of each period is global; 0 if all layers are local.
 
     Args:
-        reader: what reads periods alone, for the error.
+        reader: the name of the engine, for the error.
 
     Raises:
-        ZebraError: they have no such period.
+        ZebraError: the layers have no such period.
     """
     local = [kind == LOCAL for kind in layer_types]
     if all(local):

@@ -1,11 +1,11 @@
-"""Stripes in a GGUF file: which architecture of llama.cpp has a family's tensors and a window for some layers.
+"""Stripes in a GGUF file: which llama.cpp architecture has a family's tensors and a sliding window in some layers.
 
-Two of them read the kind of every layer (`attention.sliding_window_pattern`, one bool a layer), and whatever has their
-tensors can run as one of them. The others read a period, of which the last layer is global:
+Two architectures read the kind of every layer (`attention.sliding_window_pattern`, one bool per layer). Every family
+with the same tensors can run as one of them. The others read a period, whose last layer is global:
 
-    granite_swa   Llama's tensors and rope; attention sinks, which are set to -10,000: their exponential is 0
-    mellum        norms of queries and keys, as in Qwen 3, and experts; a dense layer is one expert that is always taken
-    gemma2, gemma3, cohere2, olmo2, gpt-oss    themselves, LG or LLLG; where the global layer is not last, none
+    granite_swa   Llama's tensors and rope. Its attention sinks are learned logits; -10,000 turns them off.
+    mellum        Norms of queries and keys, as in Qwen 3, and experts. A dense layer becomes a single expert.
+    gemma2, gemma3, cohere2, olmo2, gpt-oss    Run as themselves, with periods such as LG or LLLG only.
 
 Read in llama.cpp's src/models, and run: docs/results/engines.md.
 """
@@ -23,16 +23,16 @@ from zebra.exports.limits import REMEDY, period_of
 from zebra.stripes import LOCAL, Stripes
 
 NO_SINK = -1e4
-"""The logit of an attention sink that takes nothing: in float32 its exponential beside any score is 0."""
+"""The logit of a learned attention sink that takes no attention: in float32 its softmax weight is 0."""
 
 
 class Target(NamedTuple):
-    """The architecture that runs a model with stripes.
+    """The llama.cpp architecture that runs a model with stripes.
 
     Attributes:
-        name: llama.cpp's.
-        every_layer: whether it reads each layer's kind, else a period.
-        rewrite: the model's further metadata and its tensors, as the architecture has them.
+        name: llama.cpp's name of it.
+        every_layer: whether it reads each layer's kind; otherwise it reads a period.
+        rewrite: returns additional metadata, and the tensors in the form that the architecture reads.
     """
 
     name: str
@@ -54,7 +54,7 @@ def _as_granite(model: GgufModel) -> tuple[dict[str, Any], dict[str, GgufTensor]
 
 
 def _rotated_by_halves_as_granite(model: GgufModel) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    """Qwen 2 rotates the planes (r, r + D / 2), granite_swa neighbours: the rows of queries and keys are moved."""
+    """Permute the rows of queries and keys: Qwen 2 rotates pairs (r, r + D / 2), granite_swa neighbours."""
     more, tensors = _as_granite(model)
     every = model.own("attention.head_count")
     heads = {"attn_q": every, "attn_k": model.own("attention.head_count_kv") or every}
@@ -66,7 +66,7 @@ def _rotated_by_halves_as_granite(model: GgufModel) -> tuple[dict[str, Any], dic
 
 
 def _as_mellum(model: GgufModel) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-    tensors = {"output.weight": model.tensors["token_embd.weight"]} | model.tensors  # it reads a head of its own
+    tensors = {"output.weight": model.tensors["token_embd.weight"]} | model.tensors  # it needs an untied head
     if model.own("expert_count"):
         return {}, tensors
     width = model.own("embedding_length")
@@ -107,11 +107,11 @@ TARGETS: dict[str, Target] = {
     "olmo2": Target("olmo2", False, _with_head),
     "gpt-oss": Target("gpt-oss", False, _with_head),
 }
-"""By the architecture of a model without stripes, the one that runs it with them."""
+"""The architecture that runs a model with stripes, by the model's own architecture."""
 
 
 def check_architecture(architecture: str) -> Target:
-    """The architecture that runs another with stripes.
+    """The entry of `TARGETS` for an architecture.
 
     Raises:
         ZebraError: there is none.
@@ -125,10 +125,11 @@ def check_architecture(architecture: str) -> Target:
 
 
 def with_stripes(model: GgufModel, stripes: Stripes) -> GgufModel:
-    """The model as llama.cpp runs it with a layout. Quantised tensors stay as they are, bit for bit.
+    """Rewrite a model for llama.cpp with a layout. Tensor values do not change, so quantised weights stay exact.
 
     Raises:
-        ZebraError: no architecture for it, or none for this layout; sinks; a rope that another layer kind would lose.
+        ZebraError: no architecture runs this model, or this layout of it; attention sinks; a scaled rope that llama.cpp
+            would not apply to local layers.
     """
     if stripes.sinks:
         raise ZebraError(

@@ -1,9 +1,10 @@
-"""Greedy tokens and their log-probabilities by llama.cpp. A script of the engine's own environment: no zebra, no torch.
+"""Decode greedily with llama.cpp. A script for the engine's own environment, which needs neither zebra nor torch.
 
     python run_gguf.py < requests.json > answers.jsonl
 
-A request: `model`, `prompts` (lists of tokens), `new_tokens`, `top`, `texts`. Its answer: `engine`, `tokens` and
-`logprobs` of each prompt (of each new token the likeliest), the `texts` as tokens, `seconds`; or an `error`.
+A request has `model`, `prompts` (lists of token IDs), `new_tokens`, `top` and `texts`. Its answer has `engine`, and for
+each prompt `tokens`, `logprobs` (the `top` most likely tokens at each new token) and `seconds` (time of the prefill);
+`texts` as token IDs; or only an `error`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Read the requests, run them, write the answers; what the engine prints goes to stderr."""
+    """Read requests from stdin and write answers to stdout; the engine's own output goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for request in json.load(sys.stdin):
@@ -38,7 +39,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     for prompt in request["prompts"]:
         tokens.append([])
         logprobs.append([])
-        for step in range(request["new_tokens"]):  # in one request it withholds tokens that end within a character
+        for step in range(request["new_tokens"]):  # a single request would withhold incomplete characters
             body = {"prompt": prompt + tokens[-1], "cache_prompt": step > 0, "return_tokens": True, **greedy}
             done = _post(server, "completions", body)
             tokens[-1].append(done["tokens"][0])
@@ -60,7 +61,7 @@ def _parameters(request: dict[str, Any], xllamacpp: Any) -> Any:
     parameters.n_gpu_layers = 0
     parameters.warmup = False
     parameters.verbosity = 0
-    # Its own default rounds keys and values to float16, beside which a small difference of two models would not show.
+    # The default KV cache is float16, whose rounding would hide small differences between two models.
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     for cpu in (parameters.cpuparams, parameters.cpuparams_batch):

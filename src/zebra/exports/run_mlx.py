@@ -1,8 +1,8 @@
-"""Greedy tokens and their log-probabilities by mlx-lm. A script of the engine's own environment: no zebra, no torch.
+"""Decode greedily with mlx-lm. A script for the engine's own environment, which needs neither zebra nor torch.
 
     python run_mlx.py < requests.json > answers.jsonl
 
-Requests and answers are those of run_gguf.py.
+Requests and answers are those of run_gguf.py, without `seconds`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Read the requests, run them, write the answers; what the engine prints goes to stderr."""
+    """Read requests from stdin and write answers to stdout; the engine's own output goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for request in json.load(sys.stdin):

@@ -1,8 +1,8 @@
-"""Greedy tokens and their log-probabilities by vLLM. A script of the engine's own environment: no zebra.
+"""Decode greedily with vLLM. A script for the engine's own environment, which does not need zebra.
 
     python run_vllm.py < requests.json > answers.jsonl
 
-Requests and answers are those of run_gguf.py; a request has the `arguments` of vLLM's `LLM` besides.
+Requests and answers are those of run_gguf.py, without `seconds`; a request also has `arguments` for vLLM's `LLM`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 
 def main() -> None:
-    """Read the requests, run them, write the answers; what the engine prints goes to stderr."""
+    """Read requests from stdin and write answers to stdout; the engine's own output goes to stderr."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # its sampler would compile for longer than a small model runs
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling its sampler takes longer than running a small model
     for request in json.load(sys.stdin):
         print(json.dumps(_answer(request)), file=out, flush=True)
-    os._exit(0)  # its workers outlive main
+    os._exit(0)  # its workers would outlive main
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

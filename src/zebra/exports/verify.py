@@ -1,7 +1,7 @@
-"""An export against what it was made of: greedy decoding by the engine, and the same tokens here.
+"""Compare an export with its source: the engine decodes greedily, and zebra scores the same tokens.
 
-The engine runs in a process of its own, in an environment that may have no zebra. It reads prompts shorter and longer
-than the window, and decodes with its cache. `zebra.load` then gives the log-probabilities of the same tokens.
+The engine runs in a separate process, in an environment that need not have zebra. It reads a prompt shorter and one
+longer than the window, and decodes with its KV cache. A model of `zebra.load` then scores the same tokens.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from zebra.model.verify import Check
 from zebra.stripes import Stripes
 
 ENGINES = tuple(name for name in TARGETS if name != "sglang")
-"""Those that can be run here."""
+"""The engines that `verify_export` can run."""
 NEW_TOKENS, TOP = 8, 10
 TOLERANCE = {"F32": 5e-3, "F16": 5e-2, "BF16": 5e-2}
-"""Of a log-probability, by the type of the matrices. Gemma has the largest: engines approximate its GELU."""
+"""Tolerance of log-probabilities in nats, by type of the matrices. Gemma differs most: engines approximate its GELU."""
 TOLERANCE_OF_BLOCKS = 0.5
-"""Where weights lie in blocks, llama.cpp rounds what they are multiplied with, too."""
+"""Tolerance for block-quantised weights, with which llama.cpp rounds the activations too."""
 _NAME_IT = "Name what `zebra export` wrote for it."
 _SAMPLES = ["Once upon a time, there was a little girl.", "In 1984 there were 12 pages;\n  and (some) code: x = y[0]!"]
 
@@ -47,23 +47,24 @@ def verify_export(
     length: int | None = None,
     seed: int = 0,
 ) -> list[Check]:
-    """Run an exported checkpoint in its engine, and compare with the one that it was made of.
+    """Run an export in its engine and compare it with its source, on random tokens.
 
-    1. short, long: the log-probabilities of the likeliest tokens at each decoded one, after a prompt up to the window
-       and one beyond it; the largest difference, in nats. An engine that ignored the window would fail the second.
-       Their names have the window, and their counts are the tokens of the prompts.
-    2. greedy: how much likelier than the engine's token another was here, in nats, at most.
-    3. tokenizer: tokens of two texts that differ.
+    1. short, long: the largest difference of log-probabilities in nats, over the top tokens of each decoding step. One
+       prompt is shorter than the window, the other longer: an engine that ignores the window fails the second check.
+       The check's name has the window, and its count is the number of prompt tokens.
+    2. greedy: the largest gap in nats between zebra's most likely token and the token that the engine chose.
+    3. tokenizer: the number of sample texts whose tokens differ.
 
     Args:
         target: what `zebra.export` wrote for the engine.
-        against: the checkpoint that it was made of, a folder or a GGUF file, with stripes or without.
+        against: the source of the export: a folder or a GGUF file, with or without stripes.
         engine: gguf, mlx or vllm.
         python: the interpreter of an environment with the engine: xllamacpp, mlx-lm or vllm.
-        length: tokens of the long prompt; somewhat over one and a half windows where None.
+        length: tokens of the long prompt; None means one and a half windows and 16 tokens.
+        seed: of the random prompts.
 
     Raises:
-        ZebraError: another engine, one that is not installed or fails; a target that was not written for it; no
+        ZebraError: an unknown engine, or one that is not installed or fails; a target that was not written for it; no
             stripes; a length within the window.
     """
     if engine not in ENGINES:
@@ -95,7 +96,7 @@ def verify_export(
 
 
 def _written(target: str | os.PathLike[str], against: str | os.PathLike[str], engine: str) -> tuple[Stripes, str]:
-    """The layout of an export, and the type of its matrices."""
+    """The layout of an export, and the most frequent type of its matrices."""
     if is_gguf(target) != (engine == "gguf"):
         kind = "a file that ends in .gguf" if engine == "gguf" else "a folder"
         raise ZebraError(f"{engine} runs {kind}; got {target}. {_NAME_IT}")
@@ -122,7 +123,7 @@ def _written(target: str | os.PathLike[str], against: str | os.PathLike[str], en
 
 
 def _arguments(target: str | os.PathLike[str], engine: str) -> dict[str, Any]:
-    """Of vLLM's LLM: the flags of the command in the folder's README, by their names in Python."""
+    """Arguments for vLLM's `LLM`: the flags of the command in the folder's README, by their Python names."""
     if engine != "vllm":
         return {}
     from zebra.exports.folders import command_of
@@ -135,10 +136,10 @@ def _arguments(target: str | os.PathLike[str], engine: str) -> dict[str, Any]:
 
 
 def run_engine(engine: str, python: str, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Requests to an engine, in a process of its environment; see run_gguf.py.
+    """Send requests to an engine in a process of its environment. run_gguf.py describes requests and answers.
 
     Raises:
-        ZebraError: it is not installed there, or its process fails or is another program's.
+        ZebraError: there is no such Python, the engine is not installed there, or the process fails or gives no answer.
     """
     script = Path(__file__).with_name(f"run_{engine}.py")
     try:
@@ -164,11 +165,16 @@ def run_engine(engine: str, python: str, requests: list[dict[str, Any]]) -> list
 def compare(
     model: PreTrainedModel, prompt: list[int], tokens: list[int], logprobs: list[dict[str, float]]
 ) -> tuple[float, float]:
-    """The largest difference of an engine's log-probabilities, and how far its tokens are behind the likeliest."""
+    """Compare an engine's answer with a model.
+
+    Returns:
+        in nats, the largest difference of log-probabilities (NaN if any value is), and the largest gap between the
+        model's most likely token and the engine's token.
+    """
     ids = torch.tensor([prompt + tokens], device=model.device)
     own = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
     differences = [
         abs(own[i, int(token)].item() - value) for i, row in enumerate(logprobs) for token, value in row.items()
     ]
     behind = own.max(-1).values - own.gather(-1, torch.tensor(tokens, device=own.device)[:, None])[:, 0]
-    return torch.tensor(differences).max().item(), behind.max().item()  # of NaN, which `max` alone passes over, NaN
+    return torch.tensor(differences).max().item(), behind.max().item()  # unlike Python's max, keeps NaN
