@@ -1,6 +1,6 @@
 """zebra: a longer and cheaper context for decoder language models of the Hugging Face ecosystem.
 
-The public names are imported on first use, so that `import zebra` loads no torch.
+The public names are imported on first use, so `import zebra` does not load torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and when a text ends."""
+"""Decoding options: how the next token is chosen, and when generation stops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zebra.data.documents import names_of
 from zebra.errors import ZebraError
 
 _LEAST_DIVISOR = 1e-6
-"""The least temperature above 0, and the least penalty: logits that are divided by much less overflow."""
+"""The smallest positive temperature, and the smallest penalty: logits divided by less could overflow."""
 _MOST = sys.float_info.max
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("temperature", "repetition_penalty"), (_LEAST_DIVISOR, _MOST)),
@@ -27,22 +27,22 @@ _FILTERS = ("top_p", "top_k", "min_p")
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen, and when to stop: fields of transformers' `GenerationConfig`, with other defaults.
+    """Options of decoding: fields of transformers' `GenerationConfig`, with other defaults.
 
-    Of the checkpoint's generation_config.json only the tokens that end a text are used.
+    The checkpoint's generation_config.json is ignored, except for the tokens that end or pad a text.
 
     Args:
-        max_new_tokens: new tokens, at most.
-        temperature: 0 takes the likeliest token; above it tokens are drawn from softmax(logits / temperature).
+        max_new_tokens: maximum number of new tokens.
+        temperature: 0 decodes greedily; otherwise tokens are sampled from softmax(logits / temperature).
         top_p, top_k, min_p, repetition_penalty, num_beams: as in `GenerationConfig`.
-        stop: strings that end the text, which contains them.
-        seed: of the draws.
-        prefill_chunk: tokens of the prompt that are read at a time, None for all at once: the same to rounding, and a
-            long prompt's activations take less memory.
+        stop: strings that end the text; the text includes them.
+        seed: random seed of sampling.
+        prefill_chunk: number of prompt tokens per forward pass, None for all at once. Chunks of a long prompt need less
+            memory for activations; the result is the same up to rounding.
 
     Raises:
-        ZebraError: a value that is no number of its range, such as a negative temperature, or one so small that logits
-            overflow; a filter such as top_p without a temperature; an empty stop string.
+        ZebraError: a value out of range, such as a negative temperature, or one so small that logits overflow; top_p,
+            top_k or min_p without a temperature; an empty stop string.
     """
 
     max_new_tokens: int = 256
@@ -66,7 +66,7 @@ class Decoding:
                 kind = "a whole number" if whole else "0 or a number" if name == "temperature" else "a number"
                 to = f" to {most:,}" if most < _MOST else ""
                 raise ZebraError(f"{name} is {kind} from {least:g}{to}; got {value!r}. Change it or leave it out.")
-        object.__setattr__(self, "stop", tuple(names_of(self.stop)))  # one string, and not its letters
+        object.__setattr__(self, "stop", tuple(names_of(self.stop)))  # a single string is not split into letters
         if not all(self.stop):
             raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
         if self.temperature == 0 and (filters := [name for name in _FILTERS if getattr(self, name) is not None]):
@@ -76,9 +76,9 @@ class Decoding:
             )
 
     def to_generation_config(self, **tokens: Any) -> GenerationConfig:
-        """transformers' config: every field that the checkpoint's own would fill is set, to a neutral value by default.
+        """Convert to a `GenerationConfig`, with neutral values set so that the checkpoint's own do not apply.
 
-        Not of it are the stop strings, which transformers would look for in the end of the prompt too.
+        The stop strings are left out, because transformers would also match one that begins in the prompt.
 
         Args:
             tokens: further fields: the tokens that end and pad a text.
@@ -89,7 +89,7 @@ class Decoding:
             do_sample=draws,
             temperature=self.temperature if draws else 1.0,
             top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=(0 if draws else 50) if self.top_k is None else self.top_k,  # 50 is neutral where nothing is drawn
+            top_k=(0 if draws else 50) if self.top_k is None else self.top_k,  # 50 is neutral in greedy decoding
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             num_beams=self.num_beams,

@@ -1,1 +1,1 @@
-"""Our attention inside the tools of others: their commands (`command`, `autoload`), and axolotl (`axolotl`)."""
+"""zebra's attention in other tools: in any command (`command`, `autoload`), and in axolotl (`axolotl`)."""

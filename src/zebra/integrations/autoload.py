@@ -1,7 +1,7 @@
-"""What torch calls in each process of a command that runs under `zebra with`: it registers attention "zebra" in time.
+"""The entry point that torch loads in each process of a command under `zebra with`. It registers attention "zebra".
 
-torch calls it when it has been imported, which transformers does while it is imported itself. So the registration waits
-until the first model's module is imported: no model can be loaded before, and transformers is whole then.
+torch calls it at the end of `import torch`, when transformers may be only partly imported. So the registration waits
+until the first model's module is imported: no model can be loaded before that, and transformers is complete by then.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class _BeforeModels(MetaPathFinder):
         if _MODELS.fullmatch(name) and self in sys.meta_path:
             sys.meta_path.remove(self)
             import zebra.model.attention  # noqa: F401  # registers
-        return None  # the next finders find the module
+        return None  # the next finder handles the import
 
 
 def register_with_models() -> None:
-    """Register attention "zebra" before the first model of transformers is imported in this process.
+    """Register attention "zebra" as soon as this process imports the first model of transformers.
 
-    An entry point of torch's group `torch.backends`, which `import torch` calls.
+    This is an entry point of the group `torch.backends`, which `import torch` calls.
     """
     sys.meta_path.insert(0, _BeforeModels())

@@ -1,14 +1,14 @@
-"""A plug-in of axolotl: stripes, Self-Extend and attention "zebra" in its trainings, by one key of its recipe.
+"""A plug-in for axolotl: stripes, Self-Extend and attention "zebra", set by one key of axolotl's config.
 
     base_model: ./Llama-3.1-8B
     zebra: {stripes: "GLLL:4096", self_extend: null}
 
-axolotl finds it by the entry point `axolotl.plugins`. Without the key it does nothing.
+axolotl discovers it by the entry point `axolotl.plugins`. Without the key it does nothing.
 
-    register           base_model becomes a copy with stripes, in the recipe's output_dir, whose weights are hard links
-                       where the file system allows. All that reads the recipe after that sees the copy.
-    axolotl's checks   the key, by `ZebraArgs`
-    post_model_build   attention "zebra", the sinks of the checkpoint, Self-Extend
+    register           base_model becomes a copy with stripes in output_dir. Its weights are hard links where the file
+                       system allows. Everything that reads the config afterwards sees the copy.
+    axolotl's checks   `ZebraArgs` validates the key
+    post_model_build   sets attention "zebra", the checkpoint's attention sinks, Self-Extend
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from zebra.stripes import Stripes
 from zebra.train.recipe import RecipeSection
 
 _REPLACED = ("lora_qkv_kernel", "lora_o_kernel")
-"""Keys that axolotl sets by itself where it trains an adapter."""
+"""Keys that axolotl may set by itself for adapters; they replace the attention layers of transformers."""
 
 
 class ZebraKeys(RecipeSection):
-    """What stands under `zebra`; nothing but the attention where it is empty."""
+    """The value of the key `zebra`. An empty one only sets the attention."""
 
     stripes: str | None = Field(None, description="the layout, such as GLLL:512; the checkpoint's own without it")
     self_extend: str | None = Field(None, description="GROUP:WINDOW such as 8:1024, or auto:LENGTH; off without it")
@@ -50,37 +50,37 @@ class ZebraKeys(RecipeSection):
     @field_validator("self_extend")
     @classmethod
     def _setting(cls, self_extend: str | None) -> str | None:
-        if self_extend is not None and not self_extend.startswith("auto:"):  # which needs the trained length
+        if self_extend is not None and not self_extend.startswith("auto:"):  # auto needs the model's config
             SelfExtend.parse(self_extend)
         return self_extend
 
 
 class ZebraArgs(BaseModel):
-    """The key that axolotl adds to its recipes."""
+    """The key that the plug-in adds to axolotl's config."""
 
     zebra: ZebraKeys | None = None
 
 
 class ZebraPlugin(BasePlugin):
-    """What axolotl calls, in the order of the drawing above."""
+    """The hooks that axolotl calls; the module's docstring has their order."""
 
     def get_input_args(self) -> str:
-        """The name of the class by which axolotl checks the key."""
+        """The full name of the class that validates the key."""
         return f"{__name__}.{ZebraArgs.__name__}"
 
     def register(self, cfg: dict[str, Any]) -> None:
-        """Put the checkpoint with stripes in the place of `base_model`.
+        """Convert `base_model` to a checkpoint with stripes and point the config to it.
 
         Args:
-            cfg: the recipe, which axolotl checks after this.
+            cfg: axolotl's config, before axolotl validates it; changed in place.
 
         Raises:
-            ZebraError: as `zebra.convert`; a recipe that names a config beside its model; another conversion in its
-                place.
+            ZebraError: as `zebra.convert`; a `base_model_config` other than `base_model`; a different conversion that
+                is already in output_dir.
         """
         try:
             keys = _keys(cfg)
-        except ValidationError:  # axolotl's checks say what is wrong
+        except ValidationError:  # axolotl's own validation reports it
             return
         if keys is None or keys.stripes is None:
             return
@@ -92,14 +92,14 @@ class ZebraPlugin(BasePlugin):
         target = Path(cfg.get("output_dir") or "model-out") / "striped-base"
         if source != str(target):
             cfg["base_model"] = str(_converted(source, target, keys.stripes))
-        cfg.pop("base_model_config", None)  # axolotl's checks take what is there for a text
+        cfg.pop("base_model_config", None)  # axolotl requires a string if the key is present
 
     def post_model_build(self, cfg: Mapping[str, Any], model: PreTrainedModel) -> None:
-        """Set the attention on the model, before adapters are put into it.
+        """Set the attention of the model, before adapters are added.
 
         Raises:
-            ZebraError: as `set_local_attention`, `resolve_self_extend` and `set_self_extend`; Self-Extend beside
-                attention layers of axolotl's own.
+            ZebraError: as `set_local_attention`, `resolve_self_extend` and `set_self_extend`; Self-Extend together
+                with axolotl's own attention layers.
         """
         keys = _keys(cfg)
         if keys is None:
@@ -122,7 +122,7 @@ def _keys(cfg: Mapping[str, Any]) -> ZebraKeys | None:
 
 
 def _converted(source: str, target: Path, stripes: str) -> Path:
-    """The checkpoint with stripes; that of an earlier process or run where it is the same."""
+    """Convert the checkpoint, or reuse the same conversion by another process or an earlier run."""
     try:
         return convert(source, target, stripes)
     except ZebraError:

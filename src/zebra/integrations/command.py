@@ -1,14 +1,14 @@
-"""A command of another tool, in whose processes attention "zebra" is registered. Standard library only.
+"""Run another tool's command with attention "zebra" registered in its processes. Standard library only.
 
     zebra with -- lm_eval ...
-       │  PYTHONPATH = entry_point/ : what it was        a folder with one entry point, and no module
+       │  PYTHONPATH = entry_point/ : old PYTHONPATH     a folder with the metadata of one entry point, and no module
        └─ exec lm_eval ...                               this process becomes the command
-            └─ import torch                              loads the entry points of its group "torch.backends"
-                 └─ zebra.integrations.autoload          registers before the first model's module is imported
-            └─ accelerate's, torchrun's processes        have the same environment
+            └─ import torch                              loads the entry points of the group "torch.backends"
+                 └─ zebra.integrations.autoload          registers when the first model's module is imported
+            └─ processes of accelerate or torchrun       inherit the environment
 
-Nothing is installed or patched, and no sitecustomize is needed. The loading of entry points is torch's, for extensions
-that are not named in a script: https://docs.pytorch.org/tutorials/unstable/python_extension_autoload.html
+Nothing is installed or patched, and no sitecustomize is needed. torch loads entry points to support extensions that a
+script does not import: https://docs.pytorch.org/tutorials/unstable/python_extension_autoload.html
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SWITCH = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 def resolved(command: Sequence[str]) -> list[str]:
-    """The command as it is executed: a program of this Python's environment before those on the PATH.
+    """Resolve the program of a command: first in this Python's environment, then on the PATH.
 
-    A file that ends in .py, and -m with a module, are run by this Python.
+    A file that ends in .py, and `-m MODULE`, are run by this Python.
 
     Raises:
         ZebraError: there is no such program or file.
@@ -49,10 +49,10 @@ def resolved(command: Sequence[str]) -> list[str]:
 
 
 def environment(before: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the command: as it was, with our entry point first on PYTHONPATH.
+    """The command's environment variables: those of `before`, with zebra's entry point first on PYTHONPATH.
 
     Raises:
-        ZebraError: torch was told to load no entry points.
+        ZebraError: TORCH_DEVICE_BACKEND_AUTOLOAD switches torch's entry points off.
     """
     if before.get(_SWITCH, "1") != "1":
         raise ZebraError(
@@ -64,7 +64,7 @@ def environment(before: Mapping[str, str]) -> dict[str, str]:
 
 
 def execute(command: Sequence[str]) -> None:
-    """Become the command: its arguments, stdin, signals and exit code are its own. It does not return.
+    """Replace this process by the command, which gets stdin and signals and sets the exit code. Does not return.
 
     Raises:
         ZebraError: as `resolved` and `environment`; a file that the system cannot execute.
