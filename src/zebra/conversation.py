@@ -1,10 +1,10 @@
-"""A conversation with a checkpoint: messages in its chat template, answers as they come, one cache across turns.
+"""Conversations with a model: messages in its chat template, streamed answers, one prefix cache across turns.
 
     turn 1    [ system | document, question 1 ] answer 1
-    turn 2    [        read before                     | question 2 ] answer 2
-    again     [        read before      | question 1, edited ] answer 1
+    turn 2    [        cached                          | question 2 ] answer 2
+    again     [        cached           | question 1, edited ] answer 1
 
-Each prompt is the whole conversation as the template writes it. What it shares with the turns before is not read again.
+Each prompt is the whole conversation, rendered by the template. Its prefix from earlier turns is not read again.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ Message = dict[str, Any]
 
 
 class Conversation:
-    """Messages, and answers to them that equal a fresh `generate` of the whole conversation.
+    """A conversation whose answers equal a fresh `generate` on all messages, without reading them all again.
 
     Args:
         model: a checkpoint, or a model of `zebra.load`.
-        tokenizer: the checkpoint's own where None.
-        messages: the first messages, each with a role (system, user or assistant) and content. A user's message may
+        tokenizer: None uses that of the checkpoint.
+        messages: the first messages, each with a role (system, user or assistant) and content. A user message may
             also have `documents`, texts that are put before its content.
-        prefixes: a cache to share with other conversations of the same model; a new one where None.
-        on_prefill: called while a prompt or a document is read, with the number of tokens read so far and in total.
-            While an answer is read it runs in another thread.
+        prefixes: a cache to share with other conversations of the same model; None creates one.
+        on_prefill: called during the prefill of a prompt or a document with the number of uncached tokens read so far,
+            and their total. For `reply` and `regenerate` it is called in another thread.
         options: fields of `zebra.decoding.Decoding`, of which max_new_tokens is 1,024 by default; for a checkpoint
-            those of `zebra.model.load_options.LoadOptions` too.
+            also those of `zebra.model.load_options.LoadOptions`.
 
     Attributes:
-        messages: all so far; may be edited between answers.
-        documents: texts that are put before the user's next message.
-        last: the tokens, counts and times of the last answer; None before it.
+        messages: all messages so far; they may be edited between answers.
+        documents: texts that will be put before the next user message.
+        last: the result of the last answer; None before the first.
 
     Raises:
-        ZebraError: as `zebra.load` and `Decoding`; no chat template; a rope that changes with length; beams.
+        ZebraError: as `zebra.load` and `Decoding`; no chat template; a rope that changes with length; beam search.
 
     Example:
         >>> chat = zebra.Conversation("./SmolLM2-135M-Instruct", self_extend="auto:32768")
@@ -85,22 +85,22 @@ class Conversation:
 
     @property
     def reach(self) -> int | None:
-        """The longest text that the model reads, with Self-Extend; None without a limit."""
+        """The model's context length in tokens, with Self-Extend; None if it is unlimited."""
         return longest_text(self.model.config, self_extend_of(self.model))
 
     @property
     def context_used(self) -> int:
-        """Tokens of the last prompt and its answer."""
+        """Number of tokens of the last prompt and its answer."""
         return self.last.prompt_tokens + len(self.last.tokens) if self.last else 0
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cached keys and values, with their snapshots."""
+        """Bytes of the KV caches and their snapshots."""
         return self._prefixes.kv_bytes()
 
     @property
     def system(self) -> str | None:
-        """The system message; setting it keeps all others."""
+        """The system message or None; it can be set, which does not change the other messages."""
         return self.messages[0]["content"] if self._has_system() else None
 
     @system.setter
@@ -110,29 +110,29 @@ class Conversation:
             self.messages.insert(0, {"role": "system", "content": content})
 
     def transcript(self) -> list[Message]:
-        """The messages as the template takes them, documents within their contents."""
+        """The messages as passed to the template: documents are part of the content."""
         return [_with_documents(message) for message in self.messages]
 
     def add_document(self, text: str, cancelled: Callable[[], bool] = lambda: False) -> int | None:
-        """Put a document before the user's next message, and read it now.
+        """Add a document before the next user message, and read it into the cache now.
 
         Args:
-            cancelled: called between chunks; True ends the reading. Then the document is not added, and the part that
-                was read stays in the cache.
+            cancelled: called before each chunk; True stops. Then the document is not added, but the part that was
+                read stays in the cache.
 
         Returns:
-            The tokens of the conversation up to the document's end; None where it was cancelled.
+            The number of tokens of the conversation up to the end of the document; None if cancelled.
 
         Raises:
             ZebraError: an empty document.
-            ContextLengthError: the conversation with it is longer than the model reads; it is not added.
+            ContextLengthError: the conversation with it does not fit into the context; the document is not added.
         """
         if not isinstance(text, str):
             raise ZebraError(f"a document is a text; got a {type(text).__name__}. Give what it holds.")
         if not text.strip():
             raise ZebraError("the document has no text. Give another.")
         documents = [*self.documents, text]
-        # The question after it is not known yet: what two questions share comes before any of them.
+        # The question is not known yet: the tokens that two different questions share precede any question.
         one, other = (self._encode([*self.messages, _question(letter, documents)]) for letter in "a1")
         context_room(self.model, len(one))
         ids = one[: shared_tokens(one, other)]
@@ -145,17 +145,17 @@ class Conversation:
         return len(ids)
 
     def reply(self, content: str, **options: Any) -> Generator[str, None, None]:
-        """The answer to a message of the user, in pieces of text as they come.
+        """Answer a user message; returns an iterator over pieces of text.
 
         Closing the iterator ends the answer, and the part so far stays in the conversation. If it is closed before the
         first piece, the conversation does not change.
 
         Args:
-            options: fields of `Decoding` for this answer alone.
+            options: fields of `Decoding` for this answer only.
 
         Raises:
-            ZebraError: an empty message; an option that there is not; the chat template rejects the messages.
-            ContextLengthError: the conversation is longer than the model reads; nothing is read.
+            ZebraError: an empty message; an unknown option; the chat template rejects the messages.
+            ContextLengthError: the conversation does not fit into the context; nothing is read.
         """
         if not content:
             raise ZebraError("the message is empty. Write at least one character.")
@@ -163,13 +163,13 @@ class Conversation:
         return self._answer([*self.messages, _question(content, self.documents)], [], options)
 
     def regenerate(self, **options: Any) -> Generator[str, None, None]:
-        """Another answer to the user's last message, which replaces the last answer; it is drawn with another seed.
+        """Answer the last user message again with another seed; the new answer replaces the last one.
 
         Args:
-            options: as `reply` has them.
+            options: as in `reply`.
 
         Raises:
-            ZebraError: there is no message of the user; as `reply`.
+            ZebraError: there is no user message; and as `reply`.
         """
         last = self._last_question()
         if last is None:
@@ -178,10 +178,10 @@ class Conversation:
         return self._answer(self.messages[: last + 1], self.documents, options)
 
     def undo(self) -> str | None:
-        """Remove the user's last message and its answer; its documents are put before the next message again.
+        """Remove the last user message and its answer; its documents will be put before the next message.
 
         Returns:
-            The content of that message, None where there is none.
+            The content of the removed message; None if there was none.
         """
         last = self._last_question()
         if last is None:
@@ -194,10 +194,10 @@ class Conversation:
     def _answer(
         self, messages: list[Message], documents: list[str], options: dict[str, Any]
     ) -> Generator[str, None, None]:
-        """Check the options and the length now; answer as the iterator is advanced.
+        """Check the options and the length now; start the answer when the iterator is advanced.
 
         Args:
-            documents: those that are put before the message after this one.
+            documents: the value of `self.documents` after the answer.
         """
         check_names(options, [field.name for field in fields(Decoding)])
         decoding = replace(self.decoding, **options)
@@ -224,7 +224,7 @@ class Conversation:
         return pieces()
 
     def _encode(self, messages: list[Message]) -> Tensor:
-        """All messages as tokens (N)."""
+        """All messages as token IDs (N)."""
         remedy = "Take a checkpoint that was tuned to converse."
         return encode_messages(list(map(_with_documents, messages)), self.tokenizer, remedy=remedy)
 
@@ -237,10 +237,10 @@ class Conversation:
 
 
 def _with_documents(message: Message) -> Message:
-    """A message as the template takes it, documents before its content.
+    """A message for the template, with its documents before its content.
 
     Raises:
-        ZebraError: it is no message, or has parts that would be lost here, such as tool calls.
+        ZebraError: the role or the content is not a string, or there are other fields, such as tool calls.
     """
     texts = message.get("role"), message.get("content"), *message.get("documents", [])
     if not all(isinstance(text, str) for text in texts) or message.keys() - {"role", "content", "documents"}:

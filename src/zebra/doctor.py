@@ -1,4 +1,4 @@
-"""What this machine has: versions, devices, which kernel serves which request, and why the others decline."""
+"""What this machine has: versions, devices, which kernel serves which request, and why other kernels decline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zebra.provenance import versions
 
 @dataclass(frozen=True)
 class Serving:
-    """One kind of request, the kernel that serves it, and why other kernels decline it."""
+    """A kind of attention request, the kernel that serves it, and why other kernels decline it."""
 
     request: str
     dtype: str
@@ -26,7 +26,7 @@ class Serving:
 
 
 def machine() -> dict[str, str]:
-    """Versions and devices."""
+    """Versions and devices, by name."""
     facts = dict(versions())
     facts["platform"] = platform.platform()
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
@@ -43,7 +43,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def kernels() -> list[Serving]:
-    """Typical requests of heads of dimension 64 on this machine's device, in each dtype, and the kernel that serves."""
+    """Find the kernel that serves each typical request in each dtype on this machine, with heads of dimension 64."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     token = torch.arange(LENGTH, device=device)[None]
     padding, documents = token >= LENGTH // 4, token // WINDOW
@@ -77,7 +77,7 @@ def kernels() -> list[Serving]:
 
 
 def reasons_by_kernel(servings: Sequence[Serving]) -> dict[str, list[str]]:
-    """Of each kernel the distinct reasons for which it declines some of the requests."""
+    """For each kernel, the distinct reasons why it declines some of the requests."""
     return {
         kernel.name: list(dict.fromkeys(s.declines[kernel.name] for s in servings if kernel.name in s.declines))
         for kernel in KERNELS

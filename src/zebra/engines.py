@@ -1,6 +1,6 @@
-"""The one table of other engines: how each runs a checkpoint with stripes, by the `model_type` that runs it here.
+"""The table of other engines: how each runs checkpoints with stripes, by the stock `model_type` that has the stripes.
 
-All of it was run with the versions in docs/results/engines.md.
+All entries were tested, with the versions in docs/results/engines.md.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 TARGETS = ("gguf", "mlx", "vllm", "sglang")
-"""What `zebra export --to` takes."""
+"""The values of `zebra export --to`."""
 EXACT, FLAG, REFUSES = "exact", "exact with a flag", "refuses"
 
 
@@ -16,11 +16,11 @@ class Support(NamedTuple):
     """How an engine runs a family with stripes.
 
     Attributes:
-        verdict: exact, exact with a flag, or refuses.
-        reason: of the verdict, or a condition.
-        flag: that makes it exact.
-        silent: whether the engine is wrong without a message where the flag is absent; for MLX, on a folder of
-            `zebra convert`.
+        verdict: `EXACT`, `FLAG` or `REFUSES`.
+        reason: the reason of the verdict, or its condition.
+        flag: the command-line option that makes the engine exact.
+        silent: whether the engine computes wrong results without an error: without the flag, or, for MLX, on a folder
+            of `zebra convert`.
     """
 
     verdict: str
@@ -102,14 +102,14 @@ ENGINES: dict[str, dict[str, Support]] = {
         "vLLM": Support(FLAG, "wrong without, also within the window", _BY_TRANSFORMERS, silent=True),
     },
 }
-"""By the `model_type` that runs a family with stripes: of llama.cpp and MLX what `zebra export` writes."""
+"""Support by `model_type` and engine. For llama.cpp and MLX it is that of what `zebra export` writes."""
 
 
 def warning(family: str) -> str | None:
-    """A warning where an engine would run a checkpoint's stripes wrongly and without an error; None where none would.
+    """A warning if an engine would run a family's stripes wrongly without an error, otherwise None.
 
     Args:
-        family: the `model_type` that runs it.
+        family: the `model_type` of the converted checkpoint.
     """
     for engine, support in ENGINES.get(family, {}).items():
         if support.silent:
@@ -121,7 +121,7 @@ def warning(family: str) -> str | None:
 
 
 def table() -> str:
-    """The engines in Markdown, as docs/families.md has them: `python -m zebra.engines`."""
+    """The table in Markdown, as in docs/engines.md and docs/families.md. `python -m zebra.engines` prints it."""
     lines = ["| runs as | llama.cpp | MLX | vLLM |", "|---|---|---|---|"]
     for family, row in ENGINES.items():
         lines.append(f"| `{family}` | {' | '.join(_cell(row[name]) for name in ('llama.cpp', 'MLX', 'vLLM'))} |")

@@ -1,7 +1,7 @@
-"""Text from a checkpoint: transformers' own `generate`, with the bounded cache, prefill in chunks, text as it comes.
+"""Generate text with transformers' own `generate`: bounded KV cache, chunked prefill, streamed text.
 
 prompt  [chunk][chunk][ch]  →  first token  →  token → token → ...
-        seconds_to_first_token                 tokens_per_second
+└─ seconds_to_first_token ──────────────┘      tokens_per_second
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from zebra.text_writer import TextWriter
 
 @dataclass(frozen=True)
 class Generated:
-    """What was generated, and how long it took.
+    """The generated text, with its token counts and times.
 
     Attributes:
-        text: the new text alone, so that prompt + text is the whole; tokens that are no text left out.
-        tokens: the new tokens, the one that ended the text included.
-        prompt_tokens: tokens of the prompt, with those that the tokenizer or the chat template adds.
-        ended: by "end" (a token that ends texts), "stop" (a stop string) or "length" (max_new_tokens); an answer of
-            `zebra.streaming` also by "context" (all that the model reads) or "cancel".
-        seconds_to_first_token: reading the prompt and choosing one token, NaN where there is none. Loading and
-            tokenising are not counted.
-        seconds: all of it, to the last token.
-        cache_bytes: what the bounded cache held at the end, all beams together; None where another cache served.
-        cached_tokens: tokens of the prompt that a cache of an earlier text held, so that they were not read again.
+        text: the new text, without special tokens; the whole text is prompt + text.
+        tokens: the new tokens, including the token that ended the text.
+        prompt_tokens: number of prompt tokens, including those that the tokenizer or the chat template adds.
+        ended: why generation stopped: "end" (an end token), "stop" (a stop string) or "length" (max_new_tokens). An
+            answer of `zebra.streaming` may also end by "context" (the model's context is full) or "cancel".
+        seconds_to_first_token: time of the prefill and of choosing one token, without loading and tokenizing; NaN if
+            there is no token.
+        seconds: time from the start of the prefill to the last token.
+        cache_bytes: size of the bounded KV cache at the end, over all beams; None if another cache was used.
+        cached_tokens: number of prompt tokens that came from the KV cache of an earlier text.
     """
 
     text: str
@@ -71,7 +71,7 @@ class Generated:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """New tokens per second after the first; None where there was one alone."""
+        """Tokens per second after the first token; None for fewer than two tokens."""
         after = self.seconds - self.seconds_to_first_token
         return (len(self.tokens) - 1) / after if len(self.tokens) > 1 and after > 0 else None
 
@@ -85,23 +85,24 @@ def generate(
     on_text: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Generated:
-    """Continue a prompt; greedily, unless a temperature is given.
+    """Continue a prompt: greedily, unless a temperature is given.
 
-    The caller's random state is left as it was.
+    Warns if the text may exceed the model's context length, except under a rope `base:THETA`, whose range is unknown.
+    The caller's random state does not change.
 
     Args:
         model: a checkpoint, or a model of `zebra.load`.
-        tokenizer: the checkpoint's own where None.
-        chat: put the prompt into the tokenizer's chat template, as one message of the user.
-        on_text: called with each piece of text as it comes, whole characters only; with beams once, at the end.
+        tokenizer: None uses that of the checkpoint.
+        chat: put the prompt into the tokenizer's chat template, as one user message.
+        on_text: called with each new piece of text, whole characters only; with beams once, at the end.
         options: the fields of `Decoding`: max_new_tokens, temperature, top_p, stop, seed, prefill_chunk, ...; and for a
             checkpoint those of `zebra.model.load_options.LoadOptions`: stripes, rope, self_extend, window,
             full_decode, dtype, device, trust_remote_code.
 
     Raises:
         ZebraError: an empty prompt; no tokenizer, or no chat template with `chat`; a rope that changes with length;
-            more tokens than there are learned positions; options for loading with a loaded model; logits that are not
-            finite; and as `Decoding` and `zebra.load`.
+            more tokens than learned positions; loading options for a model that is already loaded; non-finite logits;
+            and as `Decoding` and `zebra.load`.
 
     Example:
         >>> zebra.generate("./Llama-3.1-8B", "Once upon a time", stripes="GLLL:4096", max_new_tokens=20).text
@@ -127,9 +128,9 @@ def generate(
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool) -> Tensor:
-    """A prompt as tokens (N), in the chat template with `chat`.
+    """Encode a prompt as token IDs (N); with `chat`, in the chat template.
 
-    Tokens that the tokenizer appends to every text, such as its end of text, are left out.
+    Tokens that the tokenizer appends to every text, such as its end-of-text token, are left out.
 
     Raises:
         ZebraError: no chat template, or one that fails; a prompt without tokens.
@@ -152,13 +153,13 @@ def encode_messages(
     source: str | None = None,
     **options: Any,
 ) -> Tensor:
-    """A conversation in the tokenizer's chat template, as tokens (N) behind which the answer comes.
+    """Encode a conversation with the tokenizer's chat template, as token IDs (N) that the answer follows.
 
     Args:
         messages: each with its role and content.
-        remedy: a sentence that says what to do where there is no template, or where it fails.
-        source: what errors call the model; where the tokenizer comes from where None.
-        options: others of transformers' `apply_chat_template`, such as `tools` or `add_generation_prompt`.
+        remedy: the last sentence of errors: what to do if there is no template, or it fails.
+        source: the model's name in errors; None uses the tokenizer's `name_or_path`.
+        options: further arguments of transformers' `apply_chat_template`, such as `tools` or `add_generation_prompt`.
 
     Raises:
         ZebraError: no chat template, or one that fails.
@@ -179,14 +180,14 @@ def generate_with(
     stopping_criteria: Sequence[StoppingCriteria] = (),
     **kwargs: Any,
 ) -> Any:
-    """What `model.generate` returns, drawn with the seed; the caller's random state is restored.
+    """Call `model.generate` with these options and return its output; the caller's random state is restored.
 
-    torch's generators are the process's: threads that draw do so one after another, text by text.
+    torch's random generators are global to the process. So threads that sample take turns, one whole text at a time.
 
     Args:
-        ids: (B, T).
-        attention_mask: (B, T), 0 where a shorter prompt is padded on its left; None where none is.
-        kwargs: others of `model.generate`, such as `streamer` and `past_key_values`.
+        ids: token IDs of the prompts (B, T).
+        attention_mask: (B, T), 0 at left padding; None if there is none.
+        kwargs: further arguments of `model.generate`, such as `streamer` and `past_key_values`.
     """
     attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask
     ends = end_tokens(model, tokenizer)
@@ -195,7 +196,7 @@ def generate_with(
     config = decoding.to_generation_config(eos_token_id=ends or None, pad_token_id=pad_token_id)
     stops = [_AnswerStops(tokenizer, decoding.stop, ids.shape[1])] if decoding.stop else []
     kwargs["stopping_criteria"] = StoppingCriteriaList([*stopping_criteria, *stops])
-    quiet = only_errors(LENGTH_REMINDER)  # our warning of the length comes before any work
+    quiet = only_errors(LENGTH_REMINDER)  # zebra's own warning comes before the prefill
     draws = _seeded(decoding.seed, model.device.type) if config.do_sample else nullcontext()
     with draws, quiet, checking_logits(model):
         return model.generate(ids, attention_mask=attention_mask, generation_config=config, **kwargs)
@@ -205,7 +206,7 @@ def generate_with(
 def _seeded(seed: int, kind: str) -> Iterator[None]:
     devices = [] if kind == "cpu" else list(range(torch.get_device_module(kind).device_count()))
     with _DRAWING, torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
-        # torch.manual_seed seeds every device there is; a model on the CPU draws by one generator alone.
+        # torch.manual_seed would also seed the GPUs, whose state is not restored here for a model on the CPU.
         (torch.manual_seed if devices else torch.default_generator.manual_seed)(seed)
         yield
 
@@ -214,7 +215,7 @@ _DRAWING = threading.RLock()
 
 
 class _AnswerStops(StopStringCriteria):
-    """transformers' stop strings, in the answer alone: one that begins in the prompt is none."""
+    """transformers' stop strings, matched in the answer only: a match that begins in the prompt does not count."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], prompt_tokens: int):
         super().__init__(tokenizer, list(strings))
@@ -233,14 +234,14 @@ def _run(
 ) -> Generated:
     prompt = ids.to(model.device)[None]
     writer, clock = TextWriter(tokenizer, on_text), _Clock()
-    streams = decoding.num_beams == 1  # transformers has no stream of beams: the best is known at the end
+    streams = decoding.num_beams == 1  # beams cannot be streamed: the best is known only at the end
     with _prompt_bar(model, len(ids), decoding.prefill_chunk), only_errors("zebra.model.self_extend"):
         start = time.perf_counter()
         try:
             options: dict[str, Any] = {"streamer": writer if streams else None, "stopping_criteria": [clock]}
             output = generate_with(model, tokenizer, prompt, decoding, **options)
         except BaseException:
-            writer.end()  # an interrupt leaves the text so far
+            writer.end()  # on an interrupt, show the text so far
             raise
         tokens = output.sequences[0, len(ids) :].tolist()
         seconds = time.perf_counter() - start
@@ -261,7 +262,7 @@ def _run(
 
 
 class _Clock(StoppingCriteria):
-    """The time of the first token. It stops nothing; transformers calls it after each token, of beams too."""
+    """Records the time of the first token. It never stops; transformers calls it after each token, with beams too."""
 
     first = math.nan
 
@@ -274,7 +275,7 @@ class _Clock(StoppingCriteria):
 
 @contextmanager
 def _prompt_bar(model: PreTrainedModel, tokens: int, chunk: int | None) -> Iterator[None]:
-    """A bar while a prompt is read in chunks; it is gone before the first text is written."""
+    """Show a progress bar during a chunked prefill; it is removed before the first text is written."""
     with ExitStack() as work:
         if chunk is not None and chunk < tokens:
             advance, read = work.enter_context(bar("prompt", tokens, "tokens")), 0
@@ -291,14 +292,14 @@ def _prompt_bar(model: PreTrainedModel, tokens: int, chunk: int | None) -> Itera
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the checkpoint's, else the tokenizer's."""
+    """The token IDs that end a text: those of the generation config, or of the tokenizer if there are none."""
     tokens = getattr(model.generation_config, "eos_token_id", None)
     tokens = tokenizer.eos_token_id if tokens is None else tokens
     return [] if tokens is None else tokens if isinstance(tokens, list) else [tokens]
 
 
 def reason_of_end(tokens: list[int], text: str, decoding: Decoding, ends: list[int]) -> str:
-    """Why a text ended: "end", "stop" or "length", as `Generated` has them."""
+    """Why a text ended: "end", "stop" or "length", as in `Generated`."""
     if tokens and tokens[-1] in ends:
         return "end"
     stopped = any(string in text for string in decoding.stop) or len(tokens) < decoding.max_new_tokens

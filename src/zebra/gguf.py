@@ -1,9 +1,9 @@
-"""A GGUF file of llama.cpp: its header, and the fields of a config.json that follow from it. No weight is read.
+"""Read the header of a GGUF file of llama.cpp, and derive the fields of a config.json. Weights are not read.
 
-    "GGUF" | version | tensors | pairs | pairs: key, type, value | tensors: name, dims, type, offset | padding | data
+    "GGUF" | version | number of tensors | number of pairs
+    pairs: key, type, value | tensors: name, dims, type, offset | padding | data
 
-Arrays of strings (vocabulary, merges) are skipped: their length alone is there. Format: ggml's docs/gguf.md, versions
-2 and 3.
+Of arrays of strings (vocabulary, merges) only the length is read. Format: ggml's docs/gguf.md, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
 }
-"""The architectures that are read, each with its `model_type` in transformers."""
+"""The supported architectures, each with its `model_type` in transformers."""
 
 _EMBEDDING = "token_embd.weight"
 ROPE_FACTORS = "rope_freqs.weight"
-"""The tensor (D / 2,) that divides the frequencies of a Llama 3.1 rope, in place of metadata."""
+"""The tensor (D / 2,) that divides the rope's frequencies; Llama 3.1 has it in place of metadata."""
 
 _FIELDS = {
     "context_length": "max_position_embeddings",
@@ -61,26 +61,26 @@ _ROPE = {
 _OTHER = {"attention.value_length", "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "vocab_size"}
 _OTHER |= {"rope.scaling.finetuned", "attention.sliding_window_pattern"}
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
-"""Those Gemmas scale their scores by the hidden size of a head, the others by its width; the file says neither."""
+"""Layers of the 27B Gemmas: their `query_pre_attn_scalar`, which no file has, is hidden_size / heads, else head_dim."""
 
 ORIGINAL = "Take the original checkpoint instead."
-"""The remedy for what a GGUF file does not say."""
+"""The remedy if a GGUF file lacks information."""
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor of a GGUF file lies, and in which form."""
+    """The shape, type and position of a tensor in a GGUF file."""
 
-    shape: tuple[int, ...]  # as torch has it
+    shape: tuple[int, ...]  # in torch's order
     kind: int  # ggml's number of its type
-    start: int  # its first byte in the file
+    start: int  # byte offset in the file
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says before its weights.
+    """The header of a GGUF file.
 
     Attributes:
-        metadata: values by key; of an array of strings its length.
+        metadata: values by full key; for an array of strings its length.
     """
 
     path: Path
@@ -93,22 +93,23 @@ class GgufHeader:
         return str(self.metadata.get("general.architecture"))
 
     def unread_keys(self) -> list[str]:
-        """Keys of the model's metadata that `config_fields` does not use."""
+        """The architecture's metadata keys that this module does not know: they may change the model."""
         prefix = f"{self.architecture}."
         known = {*_fields_of(self.architecture), *_ROPE, *_OTHER}
         return sorted(key for key in self.metadata if key.startswith(prefix) and key.removeprefix(prefix) not in known)
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint's path names a GGUF file."""
+    """Whether a path has the suffix .gguf and is not a directory; the file need not exist."""
     return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
 
 
 def read_header(path: str | os.PathLike[str]) -> GgufHeader:
-    """The header of a GGUF file.
+    """Read the header of a GGUF file.
 
     Raises:
-        ZebraError: no such file, another format or version, a damaged header, one part of several, no language model.
+        ZebraError: no such file, another format or version, a damaged header, one part of several, no model, or an
+            architecture that is not supported.
     """
     path = Path(path)
     if not path.is_file():
@@ -143,7 +144,7 @@ class _Reader:
         self.data, self.position = data, 0
 
     def numbers(self, codes: str) -> tuple[Any, ...]:
-        """The next numbers, by the codes of `struct`."""
+        """The next numbers, by the format codes of `struct`."""
         values = struct.unpack_from(f"<{codes}", self.data, self.position)
         self.position += struct.calcsize(f"<{codes}")
         return values
@@ -157,7 +158,7 @@ class _Reader:
         return self.data[self.position - length : self.position].decode()
 
     def value(self, kind: int) -> Any:
-        """The next value of a type."""
+        """The next value of a GGUF type; for an array of strings its length."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -190,19 +191,20 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05, which a float64 of the same bits is not."""
+    """The shortest decimal that rounds to the same float32: 1e-05 in place of 9.999999747378752e-06."""
     bits = struct.pack("<f", value)
     decimals = (float(f"{value:.{digits}g}") for digits in range(1, 10))
     return next((short for short in decimals if struct.pack("<f", short) == bits), value)
 
 
 def config_fields(header: GgufHeader) -> dict[str, Any]:
-    """The fields of the config.json that a model would have.
+    """The fields of the model's config.json.
 
-    transformers builds a config too, without the scaling of a rope and a head's width, and not without torch.
+    transformers can build a config from GGUF too, but without rope scaling and head_dim, and it needs torch.
 
     Raises:
-        ZebraError: a size that is missing, or another for each layer; a rope that no config describes.
+        ZebraError: a size that is missing or differs between layers; heads that are rotated in part; a rope that a
+            config cannot describe.
     """
     prefix = f"{header.architecture}."
     metadata = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
@@ -245,7 +247,7 @@ def _fields_of(architecture: str) -> dict[str, str]:
 
 
 def _one(value: Any) -> Any:
-    """A value for all layers; None where they differ."""
+    """The common value of all layers; None if they differ."""
     if not isinstance(value, list):
         return value
     return value[0] if len({*value}) == 1 else None
@@ -260,13 +262,13 @@ def _rope(header: GgufHeader, values: dict[str, Any], head_dim: int) -> dict[str
         rope |= {"rope_type": kind} | {name: values[key] for key, name in _ROPE.items() if key in values}
     elif kind != "none":
         raise ZebraError(f"{header.path} has a rope of type {kind!r}, which its metadata describes in part. {ORIGINAL}")
-    if header.architecture == "gemma3":  # its local layers have a rope of their own, which the file does not name
+    if header.architecture == "gemma3":  # the rope of local layers is fixed, and not in the file
         return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     return rope
 
 
 def _llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
-    """The fields of a Llama 3.1 rope from its factors: 1 for fast angles, `factor` for slow ones, a ramp between."""
+    """The fields of a Llama 3.1 rope from its factors: 1 for high frequencies, `factor` for low ones, a ramp between."""
     shape, kind, start = header.tensors[ROPE_FACTORS]
     count, factors = head_dim // 2, tuple[float, ...]()
     if kind == 0 and shape == (count,) and start + 4 * count <= header.path.stat().st_size:
@@ -275,7 +277,7 @@ def _llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[str, A
             factors = struct.unpack(f"<{count}f", file.read(4 * count))
     if factors and theta > 0 and all(0 < factor < math.inf for factor in factors):
         rope = {"factor": max(factors), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        turns = [8192 / (2 * math.pi * theta ** (2 * i / head_dim)) for i in range(count)]  # within the trained length
+        turns = [8192 / (2 * math.pi * theta ** (2 * i / head_dim)) for i in range(count)]  # in the original context
         ramps = [min(max((turn - 1) / 3, 0), 1) for turn in turns]
         expected = [1 / ((1 - ramp) / rope["factor"] + ramp) for ramp in ramps]
         if all(math.isclose(*pair, rel_tol=1e-4) for pair in zip(factors, expected, strict=True)):

@@ -1,6 +1,6 @@
-"""Checkpoints by their names in the hub: OWNER/NAME, downloaded once into the hub's own cache.
+"""Download checkpoints from the Hugging Face Hub by their names OWNER/NAME, into the Hub's own cache.
 
-huggingface_hub looks for a newer version where the hub can be reached; else what the cache has is taken.
+huggingface_hub looks for a newer version if it can reach the Hub; otherwise it uses the version in the cache.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from typing import Any
 from zebra.errors import ZebraError, first_line
 
 ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-"""Keyword arguments of `from_pretrained` that say which files of the hub are meant."""
+"""Keyword arguments of `from_pretrained` that select files on the Hub and how they are downloaded."""
 
 
 def is_hub_name(path: str | os.PathLike[str]) -> bool:
-    """Whether a path that does not exist may be OWNER/NAME."""
+    """Whether a path has the form OWNER/NAME and does not exist."""
     name = str(path)
     return name.count("/") == 1 and name[0] not in "./~" and not name.endswith("/") and not Path(path).exists()
 
 
 def hub_directory(name: str, *, weights: bool = True, subfolder: str = "", **arguments: Any) -> Path:
-    """The directory of a name's files in the hub's cache: configs and tokenizer, and its weights once.
+    """Download a checkpoint and return its directory in the Hub's cache.
 
-    Weights are safetensors files; those of pickle where there are none. Files of other formats, which some keep in
-    subfolders, are left out. A process takes the same version at each call.
+    It has the configs, the tokenizer and the weights: safetensors files, or pickle files (.bin) if there are none.
+    Weights in other subfolders are not downloaded. Later calls of the process return the same version.
 
     Args:
-        weights: whether weights are wanted.
-        subfolder: the one that holds the checkpoint.
-        arguments: keyword arguments of `from_pretrained`, of which those in `ARGUMENTS` count.
+        weights: whether to download the weights.
+        subfolder: the folder of the checkpoint in its repository.
+        arguments: keyword arguments of `from_pretrained`; only those in `ARGUMENTS` are used.
 
     Raises:
-        ZebraError: neither the hub nor its cache has that name, or the hub does not allow it.
+        ZebraError: neither the Hub nor its cache has that name, or the Hub denies access.
     """
     chosen = {key: arguments[key] for key in ARGUMENTS if arguments.get(key) is not None}
     return _download(name, weights, subfolder, tuple(chosen.items()))
@@ -47,10 +47,10 @@ def _download(name: str, weights: bool, subfolder: str, arguments: tuple[tuple[s
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class Bar(tqdm):
-        """The hub's own is switched off, as it would break ours in other work."""
+        """A progress bar that ignores the switch for the Hub's own bars, which zebra turns off."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options | {"disable": None})  # off where stderr is no terminal
+            super().__init__(*args, **options | {"disable": None})  # None: off if stderr is not a terminal
 
     folder = f"{subfolder}/" if subfolder else ""
 

@@ -1,10 +1,10 @@
-"""An answer token by token. The beginning of its prompt that an earlier text has too comes from that text's cache.
+"""Stream an answer token by token. Prompt tokens shared with an earlier text come from its KV cache (prefix caching).
 
     prompt     [ cached | chunk | chunk | rest ]  ->  token -> token -> ...
                  PrefixCache.take                                        PrefixCache.put
 
-A prompt is read in chunks; it can be cancelled between them, and a snapshot is taken after each. transformers' own
-`generate` reads the rest of the prompt and writes the answer.
+The prefill runs in chunks: it can be cancelled between them, and a snapshot of the cache is taken after each.
+transformers' own `generate` reads the rest of the prompt and generates the answer.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from zebra.model.self_extend import self_extend_of
 from zebra.text_writer import TextWriter
 
 _CHUNK = 1024
-"""Tokens of a prompt that are read at a time, where `Decoding` has no `prefill_chunk`."""
+"""Default number of prompt tokens per chunk, if `Decoding.prefill_chunk` is None."""
 _REST = 32
-"""The last tokens of a prompt, which `generate` reads: few to read again, and a short question is read in one pass."""
+"""Number of last prompt tokens that are left to `generate`. A short question is thus read in one pass."""
 
 
 class ContextLengthError(ZebraError):
-    """A prompt that is longer than the model reads."""
+    """A prompt leaves no room for an answer in the model's context."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A token of an answer.
+    """One token of an answer.
 
     Attributes:
-        token: None in a last step, whose text was held back: bytes that are no whole character.
-        text: the whole characters that the token adds; empty where it adds none yet, and for a token without text.
-        logprob: log softmax of the model's logits, before any temperature or filter; None unless it was requested.
-        top: the likeliest tokens and their log-probabilities, as many as were requested.
+        token: the token ID; None in a final step with text that was held back, an incomplete character.
+        text: the complete characters that the token adds; empty if it completes none, and for special tokens.
+        logprob: log_softmax of the raw logits, before temperature and filters; None unless requested.
+        top: the most likely token IDs with their log-probabilities, as many as requested.
     """
 
     token: int | None
@@ -61,7 +61,7 @@ class Step:
 
 
 def check_streamed(decoding: Decoding) -> None:
-    """Raise a ZebraError for beams."""
+    """Raise a ZebraError for beam search, which cannot be streamed."""
     if decoding.num_beams != 1:
         raise ZebraError(
             f"an answer comes token by token, and beams are chosen at its end; got num_beams={decoding.num_beams}. "
@@ -70,10 +70,10 @@ def check_streamed(decoding: Decoding) -> None:
 
 
 def context_room(model: PreTrainedModel, tokens: int) -> int | None:
-    """How many tokens a model reads after a prompt of `tokens`, at least 1; None without a limit.
+    """The number of tokens, at least 1, that fit after a prompt of `tokens`; None if the context is unlimited.
 
     Raises:
-        ContextLengthError: the prompt is longer than the model reaches, with Self-Extend and its rope.
+        ContextLengthError: the prompt fills the model's context, as extended by Self-Extend and the rope.
     """
     setting = self_extend_of(model)
     reach = longest_text(model.config, setting)
@@ -99,21 +99,21 @@ def answer(
     on_prefill: Callable[[int, int], None] = lambda read, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Generated:
-    """Continue a prompt from the stored cache that shares most of its beginning; the answer is stored there too.
+    """Continue a prompt, starting from the stored cache with the longest shared prefix; the result is stored too.
 
-    The answer equals that of `generate` for the whole prompt, in float32 token for token. Calls that share a
-    `PrefixCache` run one after another.
+    The answer equals that of `generate` on the whole prompt, in float32 token for token. Calls that share a
+    `PrefixCache` run one at a time.
 
     Args:
-        ids: (N).
-        logprobs: also the log-probability of each token, and of this many of the likeliest.
-        on_step: called with each token as it comes.
-        on_prefill: called with the number of prompt tokens read so far, and of all that must be read.
-        cancelled: called between chunks of the prompt and after each token; True ends the answer.
+        ids: token IDs of the prompt (N).
+        logprobs: number of top tokens to report with each token's log-probability; None reports none.
+        on_step: called with each token.
+        on_prefill: called with the number of uncached prompt tokens read so far, and their total.
+        cancelled: called before each chunk of the prompt and after each token; True ends the answer.
 
     Raises:
         ContextLengthError: as `context_room`, before anything is read.
-        ZebraError: beams, which have no stream; logits that are not finite.
+        ZebraError: beam search; non-finite logits.
     """
     check_streamed(decoding)
     room = context_room(model, len(ids))
@@ -136,7 +136,7 @@ def answer(
             steps.end()
             sequence = output.sequences[0].cpu()
         seconds = time.perf_counter() - start
-        # Under full decoding a later prompt reads the answer by the window: only the prompt's part is stored.
+        # Full decoding ignores the window, but a later prompt reads the answer with it: store only the prompt's part.
         stored = text.cut(len(ids)) if local_attention_of(model).full_decode else text
         if stored is not None:
             prefixes.put(sequence, stored)
@@ -165,11 +165,11 @@ def read(
     on_prefill: Callable[[int, int], None] = lambda read, total: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Read the beginning of a prompt, (N), into the store.
+    """Read the beginning of a prompt (N) into the prefix cache.
 
     Args:
-        chunk: tokens at a time.
-        on_prefill, cancelled: as `answer` has them.
+        chunk: tokens per forward pass; None uses the default.
+        on_prefill, cancelled: as in `answer`.
 
     Raises:
         ContextLengthError: as `context_room`.
@@ -190,7 +190,7 @@ def _read(
     on_prefill: Callable[[int, int], None],
     cancelled: Callable[[], bool],
 ) -> bool:
-    """Read tokens up to `end` in chunks, with a snapshot after each; False where it was cancelled."""
+    """Read tokens up to `end` in chunks, with a snapshot after each; return False if cancelled."""
     cached = len(text)
     text.cache.set_prompt_length(len(ids))
     on_prefill(0, len(ids) - cached)
@@ -206,15 +206,15 @@ def _read(
 
 
 class AnswerStream(Iterator[Step]):
-    """`answer` as an iterator of its steps.
+    """`answer` as an iterator over its steps.
 
-    The model runs in a thread of its own, so that an interrupt of the caller never stops it within a forward pass.
+    The model runs in a separate thread, so an interrupt of the caller never stops it within a forward pass.
 
     Args:
         options: those of `answer` except `on_step` and `cancelled`. `on_prefill` is called in that thread.
 
     Attributes:
-        result: what `answer` returns, at the end and after `close`; None before, and if it failed.
+        result: the return value of `answer`, after the last step or `close`; None before that, and if it failed.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class AnswerStream(Iterator[Step]):
         self._thread.start()
 
     def __next__(self) -> Step:
-        """The next step.
+        """Wait for the next step and return it.
 
         Raises:
             ZebraError: as `answer`.
@@ -257,19 +257,19 @@ class AnswerStream(Iterator[Step]):
         raise StopIteration
 
     def close(self) -> None:
-        """End the answer after the token or the chunk that is being computed, and wait for that."""
+        """Stop after the token or chunk that is being computed, and wait for it."""
         self._cancel.set()
         self._thread.join()
 
 
 class _Steps(StoppingCriteria):
-    """The tokens that `generate` chooses as steps, and its end where one of them makes the caller cancel.
+    """Turns the tokens that `generate` chooses into steps, and stops it at the last one.
 
-    transformers asks its criteria before it hands a token to a streamer: a streamer would cancel one token late.
+    A streamer would cancel one token late, because transformers calls the stopping criteria before it.
 
     Attributes:
-        first: the time of the first token.
-        text: all of it.
+        first: the time of the first token; NaN before it.
+        text: the text so far.
     """
 
     def __init__(
@@ -296,9 +296,9 @@ class _Steps(StoppingCriteria):
 
     @contextmanager
     def watching_logits(self) -> Iterator[None]:
-        """Within this context the logits of each forward pass are kept, where log-probabilities were requested.
+        """Within this context, keep the logits of each forward pass if log-probabilities were requested.
 
-        Only those of this thread: another may answer by the same model, with a store of its own.
+        Other threads are ignored: they may run the same model with another `PrefixCache`.
         """
         own = threading.get_ident()
 
@@ -310,7 +310,7 @@ class _Steps(StoppingCriteria):
             yield
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """The token that came last. On Apple's GPUs transformers computes one more after the last, and undoes it."""
+        """Handle the newest token. On Apple's GPUs transformers computes and drops one more after the last token."""
         if self._has_ended:
             return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         before, last = len(self.text), input_ids[0, -1:].cpu()
@@ -324,7 +324,7 @@ class _Steps(StoppingCriteria):
         return torch.full((len(input_ids),), self._has_ended, device=input_ids.device)
 
     def end(self) -> None:
-        """Hand on the text that was held back."""
+        """Pass on the text that was held back."""
         before = len(self.text)
         self._writer.end()
         if len(self.text) > before:
