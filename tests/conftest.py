@@ -1,4 +1,4 @@
-"""What the tests share: tiny random checkpoints of every family, and a strict, offline, quiet machine."""
+"""Shared fixtures and helpers: tiny random checkpoints of every family, and an offline, isolated environment."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SHAPE = {
     "initializer_range": 0.3,
 }
 FAMILIES = ("llama", "qwen3")
-"""Those of the quick run; the full one takes every family of the table."""
+"""The families of the quick run; the full run tests every family of the table."""
 
 MEMBERS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -84,7 +84,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "zebra_study": {},
 }
-"""One tiny member for each row of the family table that has a route, and one of the study."""
+"""A tiny config for each row of the family table that has a route, some variants, and the study's model."""
 EVERY_MEMBER = tuple(MEMBERS)
 UNROUTED: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
@@ -103,19 +103,19 @@ UNROUTED: dict[str, dict[str, Any]] = {
     "stablelm": {},
     "starcoder2": {"sliding_window": None},
 }
-"""Families without a route, which Self-Extend serves without stripes."""
+"""Families without a route to stripes, which can still use Self-Extend."""
 FIXED = {"gemma3_text": "1,3", "mellum": "1,3", "cohere2": "3"}
-"""Members whose layers keep their kind, with the global layers of the tiny one."""
+"""Members whose layers cannot change their kind, with the indices of the global layers of the tiny config."""
 
 
 def some(values: Collection[Any], *quick: Any) -> list[Any]:
-    """All values of a parameter, or of several as tuples; the quick run takes those named."""
+    """Parametrize over all values (tuples for several parameters), of which the quick run takes only `quick`."""
     marks = [() if value in quick else (pytest.mark.full,) for value in values]
     return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=m) for v, m in zip(values, marks, strict=True)]
 
 
 def fitting(member: str, layout: str) -> str:
-    """The layout, or the only one with its window that the member can have."""
+    """The layout, or, for a member with fixed layers, its own global layers with the window of the layout."""
     return f"{FIXED[member]}:{layout.rpartition(':')[2]}" if member in FIXED else layout
 
 
@@ -136,7 +136,7 @@ def tiny_model(family: str, **changes: Any) -> Any:
 
 
 def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's tree with keys set: `train__max_steps` is `steps` in its section."""
+    """Set keys of a recipe's tree in place: `train__max_steps` is `max_steps` in the section `train`."""
     for name, value in changes.items():
         section, _, key = name.partition("__")
         if key:
@@ -147,7 +147,7 @@ def changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def adapt_recipe(run: Path, **changes: Any) -> Any:
-    """A small adaptation of the real tiny checkpoint, six steps with a save at every second."""
+    """A recipe that adapts stories260K for six steps, with a save at every second step."""
     from zebra.train.recipe import AdaptRecipe
 
     tree: dict[str, Any] = {
@@ -171,7 +171,7 @@ class FinishedRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def adapt_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """One uninterrupted adaptation by `adapt_recipe`, which tests read and do not change."""
+    """An uninterrupted run of `adapt_recipe`, which tests must not change."""
     from zebra.train.adapt import adapt
 
     run = tmp_path_factory.mktemp("adapt") / "run"
@@ -179,7 +179,7 @@ def adapt_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
 
 
 def copy_of(run: FinishedRun, path: Path) -> Path:
-    """A finished run that may be broken, as if it had been run there."""
+    """Copy a finished run that a test may change; its recipe names the new directory."""
     shutil.copytree(run.path, path)
     recipe = path / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace(str(run.path), str(path)))
@@ -206,15 +206,15 @@ def losses(rows: list[Any]) -> list[float]:
 
 
 def checkpoint_activations(model: Any) -> Any:
-    """The model in training, with activations that are computed again in the backward."""
-    # Its name since transformers 5.17, and before.
+    """Put the model into training mode with gradient checkpointing."""
+    # The first name is that of transformers 5.17, the second that of earlier versions.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     return model.train()
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Random tokens of a tiny model, (B, T)."""
+    """Random token IDs of a tiny model (B, T)."""
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -224,9 +224,10 @@ def logits(model: Any, ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
 
 
 def in_parts(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any = None, **arguments: Any) -> torch.Tensor:
-    """The logits of tokens that are read into a cache, the bounded one by default, in parts of these sizes.
+    """The logits of tokens that are read into a KV cache in parts of these sizes.
 
     Args:
+        cache: None creates a bounded cache.
         arguments: `attention_mask` and `position_ids` of all tokens.
     """
     from zebra.model.self_extend import bounded_cache
@@ -241,14 +242,14 @@ def in_parts(model: Any, ids: torch.Tensor, sizes: list[int], cache: Any = None,
 
 
 def off(output: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest number."""
+    """The largest absolute difference, relative to the largest absolute value of `expected`."""
     assert output.shape == expected.shape
     return ((output.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoints(family, **changes)`: a tiny random checkpoint on disk, one for each."""
+    """`checkpoints(family, **changes)`: a tiny random checkpoint on disk, created once for each combination."""
     folders: dict[str, Path] = {}
 
     def make(family: str, **changes: Any) -> Path:
@@ -263,7 +264,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """That of the real checkpoint."""
+    """The tokenizer of stories260K."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(STORIES)
@@ -271,13 +272,13 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def stories(tmp_path: Path) -> Path:
-    """A copy of the real checkpoint that may be broken."""
+    """A copy of the checkpoint stories260K that a test may change."""
     return Path(shutil.copytree(STORIES, tmp_path / "stories260K"))
 
 
 @pytest.fixture
 def ending_stories(stories: Path) -> Path:
-    """The real checkpoint with a tokenizer that puts its end of text behind every text: <s> A </s>."""
+    """stories260K with a tokenizer that appends its end-of-text token to every text: <s> A </s>."""
     definition = json.loads((stories / "tokenizer.json").read_text())
     template = definition["post_processor"]
     template["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
@@ -305,9 +306,9 @@ Zebra = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def run_zebra(*arguments: object, cwd: Path | None = None, input: str | bytes = "") -> subprocess.CompletedProcess[str]:
-    """The command line in this process: what a process would return and write, and nothing of it stays behind.
+    """Run the command line in this process, with the exit code and output of a separate one; state is restored.
 
-    A warning of ours goes to stderr as in a process of its own; any other is an error, as everywhere in the tests.
+    A UserWarning goes to stderr, as in a separate process; any other warning is an error, as in all tests.
     """
     from zebra.cli import main
 
@@ -342,7 +343,7 @@ def _written(stream: io.TextIOWrapper) -> str:
 
 @contextlib.contextmanager
 def _logging_of_a_new_process(stderr: io.TextIOWrapper) -> Iterator[None]:
-    """Handlers of libraries write to this stderr; pytest's own are away, so that Python's last resort writes too."""
+    """Redirect the libraries' log handlers to this stderr, and remove pytest's, so that logging's last resort works."""
     root, before = logging.getLogger(), {name: log.level for name, log in _loggers().items()}
     with mock.patch.object(root, "handlers", []):
         streams = {handler: handler.setStream(stderr) for log in _loggers().values() for handler in _handlers(log)}
@@ -364,7 +365,7 @@ def _handlers(log: logging.Logger) -> list[Any]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _small_ceilings() -> Iterator[None]:
-    """What the CPU can do is measured on small matrices in this process: seconds less wherever a comparison plans."""
+    """Measure the CPU's ceilings on small matrices, which saves seconds in each comparison."""
     from zebra import measure
 
     with pytest.MonkeyPatch.context() as patch:
@@ -375,7 +376,7 @@ def _small_ceilings() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_sync() -> Iterator[None]:
-    """Nothing in this process waits for the disk: milliseconds less for each file, of thousands."""
+    """Disable fsync in this process, which saves milliseconds for each of thousands of files."""
     with mock.patch.object(os, "fsync", return_value=None):
         yield
 
@@ -388,7 +389,7 @@ def zebra() -> Zebra:
 
 @pytest.fixture
 def zebra_process() -> Zebra:
-    """`zebra_process(*arguments)`: the command line in a process of its own, which takes seconds."""
+    """`zebra_process(*arguments)`: the command line in a separate process, which takes seconds."""
 
     def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -404,7 +405,7 @@ def zebra_process() -> Zebra:
 
 
 def killed(hook: str, *arguments: object) -> None:
-    """Run the command line in a process of its own, which a hook, Python that calls `die()`, kills at some moment."""
+    """Run the command line in a separate process that is killed when `hook`, Python code, calls `die()`."""
     prelude = "import os, signal\ndef die(): os.kill(os.getpid(), signal.SIGKILL)\n"
     done = subprocess.run(
         [sys.executable, "-c", f"{prelude}{hook}\nfrom zebra.cli import main\nmain()", *map(str, arguments)],
@@ -424,7 +425,7 @@ def on_log(self, args, state, control, logs, **kwargs):
         die()
 trainer._ShowProgress.on_log = on_log
 """
-"""A hook of `killed`: a training ends when it has logged its third step."""
+"""A hook for `killed`: the training dies after it has logged its third step."""
 
 
 def set_fields(checkpoint: Path, **fields: object) -> Path:
@@ -435,14 +436,14 @@ def set_fields(checkpoint: Path, **fields: object) -> Path:
 
 
 def rejected(match: str) -> pytest.RaisesExc[Exception]:
-    """A `ZebraError` with this message."""
+    """Expect a `ZebraError` whose message matches."""
     from zebra import ZebraError
 
     return pytest.raises(ZebraError, match=match)
 
 
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
-    """One clear line on stderr, exit code 2, nothing on stdout."""
+    """Check that a command failed with one line on stderr, exit code 2 and nothing on stdout."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -454,7 +455,7 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
 
 
 def _new_cache(factory: pytest.TempPathFactory) -> Path:
-    """A folder for caches, empty but for compiled kernels, which all tests and processes share: each takes seconds."""
+    """A new cache folder, empty except for compiled kernels: all tests share those, as each takes seconds to build."""
     base = factory.getbasetemp()
     kernels = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
     kernels.mkdir(exist_ok=True, mode=0o700)
@@ -477,7 +478,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Uninitialised memory is full of NaN."""
+    """Fill uninitialised memory with NaN."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
@@ -489,7 +490,7 @@ def poisoned() -> Iterator[None]:
 def generate_tokens(
     model: Any, tokenizer: Any, ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
 ) -> list[list[int]]:
-    """The new tokens behind each of several prompts (B, T), by the fields of `Decoding`."""
+    """Generate after each of several prompts (B, T) and return only the new tokens; options are those of `Decoding`."""
     from zebra.decoding import Decoding
     from zebra.generation import generate_with
 

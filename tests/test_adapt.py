@@ -192,7 +192,7 @@ def test_every_choice_of_a_recipe_runs(changes: dict[str, Any], tmp_path: Path) 
 
 
 def test_tokens_are_counted_and_not_estimated(tmp_path: Path) -> None:
-    """Three rows make a full step of two and one of one, again and again."""
+    """With three rows and batches of two, steps alternate between two rows and one."""
     few = tmp_path / "few.txt"
     few.write_text(SEPARATOR.join((TEXT / "tinystories_test.txt").read_text().split(SEPARATOR)[:2]))
     short = {"train__length": 180, "train__per_device_train_batch_size": 2, "train__max_steps": 4, "evaluate": None}
@@ -365,7 +365,7 @@ def test_a_router_that_wants_its_own_loss_is_refused(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("member", ["gemma2", "gemma3_text", "qwen3_moe", "olmo2", "granite_swa"])
 def test_other_families_are_adapted(member: str, tmp_path: Path) -> None:
-    """Capped logits, experts, sinks and ropes of each kind through the Trainer, with activations computed again."""
+    """Capped logits, experts, sinks and ropes of each kind through the Trainer, with gradient checkpointing."""
     save_with_tokenizer(tiny_model(member, vocab_size=512), tmp_path / "source")
     changes = {
         "train__max_steps": 4,

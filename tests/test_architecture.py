@@ -1,4 +1,4 @@
-"""Imports point one way, and the front door is light."""
+"""Modules import lower ranks only, and `import zebra` and the command line load nothing heavy until they need it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ IDS = torch.arange(3, 63)[None]
 
 
 class PublishedInterface:
-    """The methods of `axolotl.integrations.base.BasePlugin` 0.21 that we have, with their arguments."""
+    """The methods of `axolotl.integrations.base.BasePlugin` 0.21 that the plug-in overrides, with their arguments."""
 
     def get_input_args(self) -> str | None:
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Benchmarks and `zebra doctor --measure`: turns, medians, gate, memory, the page. No test looks at speed."""
+"""Benchmarks and `zebra doctor --measure`: alternation, medians, correctness gate, memory, page; never the speed."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def ceilings(tmp_path: Path) -> str:
-    """A file of ceilings, so that none are measured."""
+    """A file of known hardware ceilings, so that none are measured."""
     path = tmp_path / "ceilings.json"
     path.write_text(json.dumps({"name": "two cores", "flops": {"float32": 2e11, "bfloat16": 9e11}, "bandwidth": 4e10}))
     return str(path)
@@ -315,7 +315,7 @@ def test_every_benchmark_runs_and_its_results_render(name: str, dtype: str, ceil
 
 
 def test_executed_flops_are_those_of_the_tiles() -> None:
-    """Of the formula all pairs, of the band those of its tiles, which grow as the length does."""
+    """The formula executes all pairs, the banded kernel those of its tiles, which grow linearly with the length."""
 
     def forward(kernel: str, length: int) -> int:
         config = AttentionConfig(length=length, window=64, heads=2, head_dim=8)

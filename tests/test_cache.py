@@ -51,7 +51,7 @@ def test_a_local_layer_holds_the_window_less_one(model: Any, parts: tuple[int, .
 
 
 def test_a_mask_without_the_cached_tokens_is_rejected(model: Any) -> None:
-    """The query stood at the first key, and saw it alone; a global layer and a local one."""
+    """It used to put the query at the first key, the only one it saw; in a global and a local layer."""
     cache = fill(model, StripedCache(model.config), 30)
     for mask in (torch.ones(1, 1), torch.ones(1, 30)):
         with pytest.raises(zebra.ZebraError, match=r"an entry for each token, cached ones too: 31 here; got (1|30)\."):
@@ -82,7 +82,7 @@ def grow(layer: Any, parts: list[int], batch: int = 1) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("window", [33, 64, 65])
 def test_slack_is_a_quarter_of_what_is_kept(window: int) -> None:
-    """Not of that and the new token, which is let go of again."""
+    """It is not a quarter of the kept tokens plus the new one, which is dropped again."""
     local, near = TrimmedSlidingLayer(window), SelfExtendLayer(window)
     for _ in range(3 * window):
         states = torch.randn(1, 2, 1, 8)
@@ -135,7 +135,7 @@ def test_two_caches_that_share_a_beginning_do_not_write_into_each_other(kind: An
 
 
 def test_a_cache_outlives_inference_mode(model: Any) -> None:
-    """Tokens cached inside it may be gone on from outside."""
+    """Tokens that were cached inside inference mode can be continued outside."""
     cache, parts = StripedCache(model.config), (20, 1, 1, 1)
     with torch.inference_mode():
         for n in parts:
@@ -181,7 +181,7 @@ def test_beams_and_selection_move_rows(model: Any) -> None:
 
 
 def test_crop_takes_back_what_was_recorded(model: Any) -> None:
-    """Assisted decoding writes ahead, then takes back."""
+    """Assisted decoding appends draft tokens, then crops the rejected ones."""
     cache, plain = StripedCache(model.config), StripedCache(model.config)
     fill(model, cache, 20)
     for layer in cache.layers:

@@ -33,7 +33,7 @@ def checkpoint(stories: Path) -> Path:
 
 
 class Terminal:
-    """A process on a terminal of its own, whose keys are written and whose screen is read."""
+    """A process in its own pseudo-terminal: tests write keys and read the screen."""
 
     def __init__(self, *arguments: object, **environment: str) -> None:
         self._screen, terminal = pty.openpty()
@@ -162,7 +162,7 @@ def test_a_checkpoint_without_a_template_is_refused_before_it_is_loaded(
 
 
 def pdf(text: str) -> bytes:
-    """A page that shows a text, as small as a PDF can be."""
+    """A minimal PDF with one page that shows a text."""
     stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",

@@ -1,4 +1,4 @@
-"""Templates of checkpoints are programs of others: whatever they do becomes one clear error, in a bounded time."""
+"""Chat templates are untrusted programs: whatever they do ends in one clear error, in bounded time."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_every_caller_has_the_bound(tokenizer: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_nothing_else_renders_a_template() -> None:
-    """Neither by the tokenizer's method, nor by a function of trl outside of `rendering`."""
+    """Not by the tokenizer's method, and not by functions of trl outside of `rendering`."""
     callers = [
         str(module.relative_to(ROOT / "src"))
         for module in sorted(Path(ROOT / "src").rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Files of checkpoints that come from others: what they may name, what they may run, what a copy may touch."""
+"""Untrusted checkpoint files: which paths they may name, which code may run, and what a copy may change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def sharded(directory: Path, *names: str) -> Path:
-    """A tiny checkpoint whose tensors lie in turn in shards of these names."""
+    """A tiny checkpoint whose tensors are distributed over shards with these names."""
     tiny_model("llama").save_pretrained(directory)
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
@@ -141,7 +141,7 @@ NO_MODEL: dict[str, tuple[str, object]] = {
 
 @pytest.mark.parametrize(("file", "content"), NO_MODEL.values(), ids=NO_MODEL.keys())
 def test_files_that_describe_no_model_are_one_line(file: str, content: object, stories: Path, zebra: Zebra) -> None:
-    """They ended in tracebacks, or never."""
+    """They used to end in a traceback, or never."""
     if isinstance(content, dict):
         set_fields(stories, **content)
     else:
@@ -257,7 +257,7 @@ def test_an_adapter_beside_its_base_is_rejected_by_every_verb(stories: Path, tmp
 
 
 def with_code(checkpoint: Path, *, config: bool = False, tokenizer: bool = False) -> Path:
-    """The checkpoint with Python code beside it that leaves a file where it runs; returns that file."""
+    """Add Python code to the checkpoint that creates a file when it runs; return that file's path."""
     witness = checkpoint.parent / "it_ran"
     (checkpoint / "custom.py").write_text(
         f"open({str(witness)!r}, 'w').close()\n"
@@ -279,7 +279,7 @@ def with_code(checkpoint: Path, *, config: bool = False, tokenizer: bool = False
 def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(
     stories: Path, tmp_path: Path, zebra: Zebra, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever stands on standard input: transformers would ask there, and take a y of a pipe."""
+    """Whatever is on standard input: transformers would ask for consent there, and accept a "y" from a pipe."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     witness = with_code(stories, tokenizer=True)

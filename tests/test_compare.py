@@ -56,7 +56,7 @@ def one(results: list[Result], **columns: Any) -> Result:
 
 
 def test_perplexities_are_those_of_evaluate_on_the_same_windows(comparison: FinishedRun) -> None:
-    """The windows are whole ones, at the front of the documents that are long enough."""
+    """The windows are full ones, at the beginning of the documents that are long enough."""
     target = EvalTarget(STORIES, self_extend=f"auto:{LENGTH}")
     text = read_corpus([str(FEW_STORIES)], Encoder.of(target.tokenizer), separator="<|endoftext|>")
     windows = np.concatenate([document[:LENGTH] for document in text if len(document) >= LENGTH][:3])
@@ -93,7 +93,7 @@ def test_the_interval_of_a_difference_is_that_of_pairs(comparison: FinishedRun) 
 
 
 def test_the_failure_of_a_method_is_a_result(comparison: FinishedRun) -> None:
-    """Dynamic NTK reads whole texts alone: it has a perplexity, and no cache."""
+    """Dynamic NTK works on whole texts only: it has a perplexity, but cannot use a cache."""
     failed = {r.task for r in comparison.results if r.task.startswith("compare-failed") and "dynamic" in r.layout}
     assert failed == {"compare-failed-cost", "compare-failed-passkey"}
     assert any(r.metric == "perplexity" and "dynamic" in r.layout for r in comparison.results)
@@ -111,7 +111,7 @@ def test_the_cost_is_measured_as_planned(comparison: FinishedRun) -> None:
 
 
 def test_sinks_and_full_decoding_are_planned() -> None:
-    """What `config.json` does not say: beside a measured cache of all tokens the plan had that of the window."""
+    """`config.json` does not have them: the plan used to assume a cache of the window, not of all tokens."""
     model = load(STORIES, stripes="GL:33+4", full_decode=True)
     measured = measure_cost(model, np.arange(100))["kv_bytes"]
     assert kv_bytes(planned_run(model, 100, "prefill")) == measured

@@ -117,7 +117,7 @@ def test_a_step_is_one_graph_and_equals_the_eager_one(family: str, checkpoints: 
 
 
 def test_a_changed_config_is_an_error_of_eager_calls_alone(model: Any) -> None:
-    """A graph has the layers as they were built; to check them it would have to hold one guard for each."""
+    """A graph contains the layers as they were built; checking the config would need one guard per layer."""
     expected = model(IDS, use_cache=False).logits
     model.config.layer_types = ["full_attention", "full_attention"]
     with pytest.raises(ValueError, match="a config that changes after loading changes no layer"):

@@ -1,4 +1,4 @@
-"""A conversation: each answer is that of a fresh `generate` of the whole of it; what was read is not read again."""
+"""A conversation: each answer equals that of a fresh `generate` on all messages, but nothing is read twice."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def models() -> Callable[[str], Any]:
 
 
 def fresh(chat: Conversation, answered: list[dict[str, Any]], new: int, **options: Any) -> tuple[int, ...]:
-    """The tokens of an answer to messages that nothing was read of before."""
+    """The tokens of an answer without any cached prefix."""
     rendered = [
         {"role": one["role"], "content": "\n\n".join([*one.get("documents", []), one["content"]])} for one in answered
     ]
@@ -215,7 +215,7 @@ def test_text_comes_in_whole_characters(models: Any, tokenizer: Any) -> None:
 
 
 def test_an_answer_ends_with_the_token_that_cancels_it(models: Any, tokenizer: Any) -> None:
-    """As at a server's stop string: transformers asks its criteria before it hands a token to a streamer."""
+    """As at a stop string of the server: transformers calls stopping criteria before it gives a token to a streamer."""
     model, steps = models("full"), list[Step]()
     ids = torch.tensor(tokenizer("Once upon a time").input_ids)
     decoding, prefixes = Decoding(max_new_tokens=12), PrefixCache(model)
@@ -231,7 +231,7 @@ def test_an_answer_ends_with_the_token_that_cancels_it(models: Any, tokenizer: A
 def test_a_token_that_transformers_undoes_is_no_step(
     models: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stop: tuple[str, ...]
 ) -> None:
-    """As on Apple's GPUs, where it looks a step late whether a text has ended."""
+    """As on Apple's GPUs, where it checks one step late whether the text has ended."""
     deferred = pytest.importorskip("transformers.generation.utils")
     if not hasattr(deferred, "DeferredStopCheck"):
         pytest.skip("this transformers looks at once")
@@ -315,7 +315,7 @@ def test_an_error_within_an_answer_is_raised_and_the_conversation_goes_on(
 
 
 def test_sixteen_bits_differ_by_rounding(tokenizer: Any) -> None:
-    """Of a text that is read in parts; the logits of the parts and of the whole, in bfloat16."""
+    """In bfloat16, the logits of a text read in parts differ from those of the whole text by rounding only."""
     model = zebra.load(STORIES, stripes="GLLL:33", dtype="bfloat16")
     ids = torch.tensor(tokenizer(DOCUMENT)["input_ids"])
     exact = zebra.load(STORIES, stripes="GLLL:33")

@@ -256,7 +256,7 @@ def test_a_broken_entry_is_built_again(
 
 @pytest.mark.parametrize("change", ["more", "other", "gone", "bad", "shorter"])
 def test_a_text_that_changes_while_it_is_tokenised_is_refused(text: Path, tmp_path: Path, change: str) -> None:
-    """Whatever the reading gave: all of it, or a file that is no longer what it was."""
+    """Whether or not the reader noticed: it may have read all of the old text, or a changed file."""
     cache = tmp_path / "c"
     (text / "a.txt").write_text("a" * 100)
     second = text / "b.jsonl"

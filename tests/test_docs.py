@@ -1,4 +1,4 @@
-"""What the documents say is so: links lead somewhere, symbols exist, commands parse, numbers are measured ones."""
+"""The documentation is true: links resolve, symbols exist, commands parse, and numbers are those of the results."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_built_in_models_and_devices_stand_in_the_guide_and_in_help(zebra: Z
 
 
 def test_the_examples_of_the_help_are_of_a_fresh_checkout(zebra: Zebra, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe is read with its overrides, the files that examples name exist, and help shows them as they are."""
+    """Recipes can be read with their overrides, the named files exist, and help shows the examples unchanged."""
     from zebra.cli import _COMMANDS
     from zebra.train.recipe import AdaptRecipe, PretrainRecipe
     from zebra.train.recipe_file import check_files, read_recipe

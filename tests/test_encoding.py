@@ -29,7 +29,7 @@ SEPARATOR = "<|endoftext|>"
 
 
 def letters(texts: list[str]) -> list[list[int]]:
-    """Characters as tokens; some texts are the end of the worker."""
+    """Characters as tokens; some texts make the worker fail or die."""
     if "raise" in texts:
         raise ValueError("no such letter")
     if "die" in texts:

@@ -219,7 +219,7 @@ def test_what_long_prompts_share_is_read_once(loading: dict[str, Any], tokenizer
 
 
 class Copier(Scripted):
-    """Goes on as the text went on before, behind the same token."""
+    """Predicts the tokens that followed earlier occurrences of the last token."""
 
     def next(self, tokens: list[int]) -> Tensor:
         logits = torch.zeros(len(self.tokenizer))
@@ -228,7 +228,7 @@ class Copier(Scripted):
 
 
 class Deaf(Scripted):
-    """Says the same whatever it reads."""
+    """Predicts the same tokens whatever it reads."""
 
     def next(self, tokens: list[int]) -> Tensor:
         return torch.arange(len(self.tokenizer)).float() / 100

@@ -94,7 +94,7 @@ def test_a_gguf_file_gets_stripes_and_keeps_every_byte(tmp_path: Path, zebra: Ze
 
 
 def test_rows_of_a_qwen_2_are_moved_and_not_dequantised(tmp_path: Path) -> None:
-    """Row r of a head's first half goes to 2 r, of its second half to 2 r + 1; 16 rows a head."""
+    """Row r of a head's first half moves to 2 r, that of its second half to 2 r + 1; a head has 16 rows."""
     model = source("qwen2")
     model.config.head_dim = 16
     file = write(tmp_path / "model.gguf", model, "qwen2", kind=Q4)
@@ -111,7 +111,7 @@ def test_rows_of_a_qwen_2_are_moved_and_not_dequantised(tmp_path: Path) -> None:
 
 
 def test_key_heads_that_a_file_does_not_count_are_all(tmp_path: Path) -> None:
-    """llama.cpp and zebra read such a file so; its export ended in a TypeError."""
+    """llama.cpp and zebra read such a file that way, but its export used to end in a TypeError."""
     model = source("qwen2", num_key_value_heads=4)
     model.config.head_dim = 16
     counted = read_model(write(tmp_path / "model.gguf", model, "qwen2"))
@@ -167,7 +167,7 @@ def test_a_dense_qwen_3_is_one_expert(tmp_path: Path) -> None:
 def test_a_folder_as_a_file_is_the_same_model_to_transformers(
     member: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Before it gets stripes it is a file of the family's own architecture, which transformers reads."""
+    """Without stripes the file has the family's own architecture, which transformers can read."""
     path = folder(tmp_path / "folder", member, **changes)
     model = zebra.load(path)
     written = folder_model(path, model, "f32")
@@ -351,7 +351,7 @@ def test_a_conversion_warns_where_an_engine_would_be_wrong(
 
 
 def engine(tmp_path: Path, answer: dict[str, Any]) -> str:
-    """An interpreter of an engine's environment, which answers whatever it is asked."""
+    """A fake interpreter of an engine's environment, which answers every request."""
     (tmp_path / "answer.json").write_text(json.dumps(answer))
     file = tmp_path / "python"
     file.write_text(f"#!/bin/sh\ncat > {tmp_path}/request.json\ncat {tmp_path}/answer.json\n")
@@ -395,7 +395,7 @@ def test_an_engine_that_ignores_the_window_fails(layout: str | None, tmp_path: P
 
 
 def test_an_engine_without_a_number_fails() -> None:
-    """A log-probability of NaN behind others was passed over."""
+    """A NaN among the log-probabilities used to be ignored."""
     difference, _ = compare(tiny_model("llama"), [1, 2], [3, 4], [{"3": -4.0}, {"4": float("nan")}])
     assert not difference <= 1e9
 

@@ -1,4 +1,4 @@
-"""What no export carries over in silence: parts of a model, a tokenizer or a folder that an engine has no field for."""
+"""Exports never drop anything silently: parts of a model, tokenizer or folder that an engine has no field for."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_what_a_tokenizer_does_besides_is_not_lost(change: Callable[[Path], None
 
 
 def test_a_gemma_like_tokenizer_is_written() -> None:
-    """Its spaces are replaced first, so that its split at spaces finds none."""
+    """Its normalizer replaces spaces, so its pre-tokenizer's split at spaces has no effect."""
     from zebra.exports.gguf_tokenizer import tokenizer_metadata
 
     vocabulary = {"<unk>": 0, "<bos>": 1, "<eos>": 2, "▁": 3, "a": 4, "▁a": 5}
@@ -192,7 +192,7 @@ def test_a_command_is_one_that_a_shell_reads(tmp_path: Path) -> None:
 
 
 def answering(tmp_path: Path) -> str:
-    """An interpreter of an engine that keeps its request, and runs nothing."""
+    """A fake interpreter of an engine that stores its request and runs nothing."""
     return engine(tmp_path, {"error": "it was asked"})
 
 
@@ -219,7 +219,7 @@ def test_what_was_not_written_for_an_engine_is_not_run_by_it(tmp_path: Path, zeb
 
 
 def test_the_way_by_a_gguf_file_is_named_where_that_is_read(tmp_path: Path) -> None:
-    """GGUF files of gpt-oss and OLMo are not read, so that a converter's file would be refused next."""
+    """zebra does not read GGUF files of gpt-oss and OLMo, so the advice must not lead to one."""
     for member, words in (("llama", "convert_hf_to_gguf.py"), ("olmo2", "Serve the folder with zebra")):
         path = folder(tmp_path / member, member)
         changed_tokenizer(lowercase)(path)

@@ -60,7 +60,7 @@ def test_a_target_that_cannot_be_written(zebra: Zebra) -> None:
 
 
 def test_a_run_may_be_moved(adapt_run: FinishedRun, tmp_path: Path) -> None:
-    """Where it lies changes no number, and its results name where it lies now."""
+    """Its numbers do not depend on its location, and new results name the new one."""
     moved = Path(shutil.copytree(adapt_run.path, tmp_path / "moved"))
     assert adapt(adapt_recipe(moved)) == adapt_run.results
     shutil.rmtree(moved / "model")
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_a_checkpoint(tmp_path:
 
 @pytest.mark.parametrize(("steps", "warm", "good"), [(1, 0, None), (3, 2, 1)])
 def test_weights_that_are_not_finite_are_never_kept(tmp_path: Path, steps: int, warm: int, good: int | None) -> None:
-    """The loss of a step is finite, and the step itself is what spoils: after the last one no loss would tell."""
+    """The loss is finite, but the step makes weights non-finite, which no loss shows after the last step."""
     changes = {"train__max_steps": steps, "train__save_steps": 1, "train__learning_rate": 3e38, "evaluate": None}
     schedule = {"train__lr_scheduler_type": "constant_with_warmup", "train__warmup_steps": warm}
     run = tmp_path / "run"
@@ -195,7 +195,7 @@ class Witness:
 
 @pytest.mark.parametrize("state", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_state_that_would_run_code_is_one_line(adapt_run: FinishedRun, tmp_path: Path, state: str) -> None:
-    """Whoever could write it could mark it as whole too."""
+    """Whoever can write the state can also mark it as complete."""
     run = copy_of(adapt_run, tmp_path / "run")
     for name in ("model", "checkpoints/checkpoint-6"):
         shutil.rmtree(run / name)
@@ -213,7 +213,7 @@ def test_a_state_that_would_run_code_is_one_line(adapt_run: FinishedRun, tmp_pat
 def test_sigterm_saves_a_checkpoint_and_ends_with_143(
     adapt_run: FinishedRun, tmp_path: Path, zebra: Zebra, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As schedulers send it before they kill; its save is none of the recipe's, which come at every second step."""
+    """Schedulers send SIGTERM before they kill. The save is an additional one, between those of the recipe."""
     run, end_of_step = tmp_path / "run", EndsOnSignal.on_step_end
 
     def on_step_end(self: EndsOnSignal, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

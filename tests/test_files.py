@@ -118,7 +118,7 @@ def test_a_target_that_appears_meanwhile_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_link_to_a_folder_is_that_folder(tmp_path: Path) -> None:
-    """Another disk, by its link: after all the work the rename failed, as a folder replaces no link."""
+    """A link to another disk: the final rename used to fail after all the work, as a folder cannot replace a link."""
     (tmp_path / "empty").mkdir()
     for name in ("empty", "absent"):
         (tmp_path / f"link-{name}").symlink_to(name)

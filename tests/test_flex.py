@@ -1,4 +1,4 @@
-"""The block mask by arithmetic equals torch's from the whole mask; the mask and score functions equal the formula.
+"""The block mask by arithmetic equals torch's from the full mask; the mask and score functions equal the formula.
 
 torch's dense form has no backward on a CPU: gradients are tested on a GPU, in test_kernels_on_gpu.py.
 """

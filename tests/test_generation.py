@@ -1,4 +1,4 @@
-"""Text from a checkpoint: the tokens of transformers, in pieces that join to the text, by a seed, within its bounds."""
+"""`generate`: the tokens of transformers, streamed pieces that join to the text, seeds, and a bounded cache."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_greedy_tokens_equal_transformers(
 
 
 def test_a_prompt_has_no_end_of_text_behind_it(ending_stories: Path, tokenizer: Any) -> None:
-    """A tokenizer that ends every text: prompts, haystacks and documents as without, and one end of each document."""
+    """With a tokenizer that appends an end token: prompts have none, and `append_eos` adds no second one."""
     ending, texts = AutoTokenizer.from_pretrained(ending_stories), [ONCE, f"{ONCE}</s>"]
     assert ending(ONCE)["input_ids"] == [*tokenizer(ONCE)["input_ids"], 2]
     options: dict[str, Any] = {"max_new_tokens": 8}
@@ -134,7 +134,7 @@ def test_draws_of_two_threads_are_those_of_each_alone(model: Any) -> None:
 
 
 def test_nothing_of_the_checkpoints_defaults_but_its_ends(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What generation_config.json recommends is not done unasked; the tokens that end a text are its."""
+    """generation_config.json is ignored, except for its end tokens."""
     expected = zebra.generate(model, ONCE, max_new_tokens=60)
     recommends = copy.deepcopy(model.generation_config)
     recommends.do_sample, recommends.temperature, recommends.top_k, recommends.num_beams = True, 3.0, 5, 2
@@ -148,7 +148,7 @@ def test_nothing_of_the_checkpoints_defaults_but_its_ends(model: Any, monkeypatc
 
 
 def test_a_pure_draw_is_not_cut(model: Any, tokenizer: Any) -> None:
-    """transformers would draw from the likeliest 50 tokens by default: at a high temperature the tail must come."""
+    """transformers would sample from the top 50 tokens by default; at a high temperature others must come too."""
     logits = model(**tokenizer(ONCE, return_tensors="pt")).logits[0, -1]
     likeliest = set(logits.topk(50).indices.tolist())
     drawn = {zebra.generate(model, ONCE, max_new_tokens=1, temperature=50.0, seed=i).tokens[0] for i in range(8)}

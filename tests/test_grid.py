@@ -356,7 +356,7 @@ def test_a_grid_that_is_told_to_end_takes_its_cells_along(tmp_path: Path, monkey
 
 @pytest.mark.full
 def test_a_killed_grid_leaves_no_cell_behind(tmp_path: Path) -> None:
-    """The cells of a killed process went on, and held the locks of their directories."""
+    """The cells of a killed process used to go on, and held the locks of their directories."""
     (tmp_path / "cells").mkdir()
     cell = of(tmp_path).model_dump_json()
     starter = f"""
@@ -386,7 +386,7 @@ sys.stdin.read()
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process runs; one that ended may wait for a parent to read its exit code."""
+    """Whether a process is running, and not a zombie."""
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Tasks of the harness: the model's own numbers, lengths in a column, nothing fetched, refusals that say what to do."""
+"""Tasks of lm-eval: the model's own numbers, lengths in a column, no downloads, errors that say what to do."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_lengths_are_a_column(folder: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 class Knows(Scripted):
-    """Has read some texts before, and goes on as they do."""
+    """Knows some texts by heart and continues them."""
 
     texts: tuple[list[int], ...] = ()
 
@@ -216,7 +216,7 @@ BROKEN = {
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    """A machine of the network that has what is asked for."""
+    """A server that has whatever is requested."""
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -307,7 +307,7 @@ def test_full_decoding_does_not_show_in_what_is_read(folder: Path) -> None:
 
 @pytest.fixture
 def few_tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The harness without its own 14,000 files, which take ten seconds to read."""
+    """lm-eval without its own 14,000 task files, which take ten seconds to read."""
     from lm_eval.tasks import TaskManager
 
     def without(include_defaults: bool, **rest: Any) -> Any:

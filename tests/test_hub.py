@@ -1,4 +1,4 @@
-"""OWNER/NAME of the hub, from a cache as huggingface_hub lays it out: it is taken as a directory is."""
+"""Names OWNER/NAME work like directories, from a cache in the layout of huggingface_hub."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_recipe_takes_a_name(cache: Path) -> None:
 
 
 def test_what_is_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a repository with weights in several formats: safetensors, else pickle, never another format's folder."""
+    """Of weights in several formats: safetensors, otherwise pickle, never the subfolders of other formats."""
     files = ["config.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors", "tokenizer.model"]
     pickled = ["config.json", "pytorch_model.bin", "onnx/model.onnx"]
     nested = ["sub/config.json", "sub/model.safetensors", "config.json"]

@@ -50,7 +50,7 @@ def test_the_kinds_of_an_annotated_set() -> None:
 
 
 def test_words_of_a_document_are_counted_once() -> None:
-    """They were counted again for each task of every other document, which is quadratic in the text."""
+    """They used to be counted again for each task of every other document, which is quadratic."""
 
     class Counted(str):
         calls = 0
@@ -143,7 +143,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
 
 
 def test_distractors_are_drawn_and_not_all_documents_for_each_task() -> None:
-    """Each task drew an order of all other documents: which is quadratic."""
+    """Each task used to shuffle all other documents, which is quadratic."""
     few, many = (
         [AnnotatedDocument(f"{i} is a text.", "", ((f"What is {i}?", "x"),)) for i in range(n)] for n in (50, 3000)
     )

@@ -1,4 +1,4 @@
-"""Whatever a caller hands to attention: every kernel that takes it equals the formula, or it is an error."""
+"""Unusual inputs to attention: every kernel that accepts them equals the formula, or they are an error."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def results(name: str, inputs: list[Tensor], mask: Mask, with_lse: bool, gradien
 def compare(
     inputs: list[Tensor], mask: Mask, limit: float, plain: Mask | None = None
 ) -> dict[tuple[bool, bool], set[str]]:
-    """Every kernel on the inputs as they lie against the formula on compact ones, in float64; which ones served."""
+    """Compare every kernel on the inputs as given with the formula on contiguous float64 copies; return who served."""
     served = {}
     for case in ((True, False), (False, False), (True, True), (False, True)):
         with_lse, gradient = case
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_an_error_in_every_kernel(case: str) -> None:
 
 
 def test_slopes_that_are_trained_get_their_gradient() -> None:
-    """The tiles have none for them; the formula serves."""
+    """The tiled kernels have no gradient for slopes; the formula serves."""
     inputs, slopes = drawn(9, 9), torch.tensor([0.5, 0.1, 0.02, 3.0], dtype=torch.float64)
     expected = everything(ORACLE, *inputs, Mask(4), slopes=slopes)["out"]
     out, _ = attend(*inputs, Mask(4), slopes=slopes.requires_grad_())

@@ -1,4 +1,4 @@
-"""Every kernel equals the formula, output, lse and gradients; the formula equals the world; bands are linear."""
+"""Every kernel equals the formula (output, log-sum-exp, gradients), and that independent ones; bands cost O(N)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def drawn(
 
 
 def padding(kind: str, batch: int, keys: int) -> Tensor | None:
-    """Another number of padded keys in each row; the first row has none, the last one only padding but one key."""
+    """A different number of padded keys in each row: none in the first, all but one in the last."""
     if kind == "none":
         return None
     real = torch.ones(batch, keys, dtype=torch.bool)
@@ -61,7 +61,7 @@ def padding(kind: str, batch: int, keys: int) -> Tensor | None:
 
 
 def packed(batch: int, keys: int, seed: int = 0) -> Tensor:
-    """Documents that begin at other places in each row; numbers that rise by more than one."""
+    """Documents that begin at different positions in each row, with numbers that skip some."""
     generator = torch.Generator().manual_seed(seed + keys)
     starts = torch.rand(batch, keys, generator=generator) < 0.03
     starts[:, keys // 2 :: 50] = True
@@ -69,7 +69,7 @@ def packed(batch: int, keys: int, seed: int = 0) -> Tensor:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """The Frobenius norm of the error over that of the truth, where the truth is not near 0 by cancellation."""
+    """The Frobenius norm of the error over that of the expected value, unless that is near 0 by cancellation."""
     expected = expected.double()
     return (actual.double() - expected).norm().item() / max(expected.norm().item(), 0.1 * expected.numel() ** 0.5)
 
@@ -105,7 +105,7 @@ def request_of(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) ->
 
 
 def agree(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **arguments: Any) -> set[str]:
-    """Every kernel that takes it against the formula in float64; the names of those."""
+    """Compare every kernel that accepts the request with the formula in float64; return their names."""
     limits = dict(
         zip(("out", "lse", "dq", "dk", "dv"), (*TOLERANCE[q.dtype], *TOLERANCE[q.dtype][2:] * 2), strict=True)
     )
@@ -352,7 +352,7 @@ HIDING = [
 
 
 def hiding(queries: int, mask: Mask, kind: str, *, huge: float) -> tuple[list[Tensor], list[Tensor], Mask, Tensor]:
-    """Inputs, the same with other values where a key is hidden from all that is looked at, the mask, which keys."""
+    """Inputs, the same with other values at keys that no compared query sees, the mask, and these keys."""
     inputs = drawn(queries, 140)
     hidden = torch.zeros(2, 140, dtype=torch.bool)
     if kind == "padding":
@@ -407,14 +407,14 @@ def test_keys_beyond_all_windows_are_never_read(name: str, queries: int, bad: fl
 
 
 def test_a_hidden_nan_spreads_in_the_formula() -> None:
-    """So nobody may rely on padding that holds NaN; `attend` says so."""
+    """Callers must not rely on padding that holds NaN; `attend` documents this."""
     _, changed, mask, _ = hiding(140, Mask(), "padding", huge=math.nan)
     assert everything(ORACLE, *changed, mask)["out"][0].isnan().any()
 
 
 @pytest.mark.parametrize(("name", "queries"), [("fused", 140), ("fused", 1), ("banded", 140), ("reference", 140)])
 def test_a_gradient_of_stride_zero(name: str, queries: int) -> None:
-    """As out.sum() hands down, and as a transposed view of the next layer does."""
+    """As from out.sum(), and from a transposed view in the next layer."""
     plain = drawn(queries, 140)
     gradients = []
     for kind in ("ones", "expanded", "transposed"):
@@ -988,7 +988,7 @@ def peak_bytes(name: str, length: int, mask: Mask) -> int:
 @pytest.mark.parametrize("window", some([1, 64, 200], 64))
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_peak_bytes_of_a_local_layer_grow_linearly(window: int, masked: bool) -> None:
-    """What twice the length adds, twice that length adds twice again: a straight line, no part that grows faster."""
+    """Each doubling of the length adds twice as many bytes as the one before: growth is linear."""
     peaks = []
     for length in (2048, 4096, 8192):
         index = torch.arange(length)[None]
@@ -1001,7 +1001,7 @@ def test_peak_bytes_of_a_local_layer_grow_linearly(window: int, masked: bool) ->
 
 
 def test_peak_bytes_of_the_formula_grow_with_the_square() -> None:
-    """So that the law above can fail."""
+    """Shows that the test above can fail."""
     peaks = [peak_bytes("reference", length, Mask(64)) for length in (128, 256, 512)]
     assert peaks[2] - peaks[1] > 3 * (peaks[1] - peaks[0])
 

@@ -151,7 +151,7 @@ def test_law_3_packed_documents_get_what_each_gets_alone(model: Any, use_cache: 
 
 @EXTENDED
 def test_law_3_packed_documents_stay_apart_under_training(model: Any) -> None:
-    """Gradients of one document's loss do not reach another's embeddings, with activations computed again too."""
+    """Gradients of one document's loss do not reach another's embeddings, also with gradient checkpointing."""
     lengths = (20, 15)
     ids = tokens(1, 35)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -169,7 +169,7 @@ def test_law_3_packed_documents_stay_apart_under_training(model: Any) -> None:
 
 @EXTENDED
 def test_law_4_gradients_equal_the_formula_through_a_whole_model(model: Any, dtype: torch.dtype) -> None:
-    """In bfloat16 the formula's own rounding is the measure: a kernel may be twice as far from float32."""
+    """In bfloat16 a kernel's error against float32 may be twice that of the formula in bfloat16."""
     ids = tokens(2, 40)
 
     def gradient(of: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is not asked for is not computed: logits of a prompt, gradients and moments of what is frozen."""
+"""Nothing unneeded is computed: logits of a prompt, gradients and optimizer moments of frozen weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model() -> Any:
 
 @contextmanager
 def head_inputs(model: Any) -> Iterator[list[int]]:
-    """Within this context the tokens of each call of the head."""
+    """Within this context, record the number of tokens of each call of the head."""
     tokens: list[int] = []
     with model.lm_head.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].shape[1])):
         yield tokens

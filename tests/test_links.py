@@ -19,7 +19,7 @@ DEMO, LAYOUTS, TUNED, SPEED = "demo.jsonl", "retrieval-layouts.jsonl", "tiny-lit
 
 
 class Piece(NamedTuple):
-    """A text of a page, where it stands and where it links to."""
+    """A text of a page, with its place and its link."""
 
     where: tuple[str, ...]
     column: int
@@ -76,7 +76,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Result]]:
 
 
 def values(texts: list[Piece]) -> list[Piece]:
-    """The texts of tables of numbers but for their first columns, which name what a line is of."""
+    """The cells of tables of numbers, without the first column, which has the row's name."""
     return [one for one in texts if "numeric" in one.where and "tbody" in one.where and one.column > 1]
 
 
@@ -90,7 +90,7 @@ def test_every_number_of_a_table_is_a_link_to_what_is_there(page: tuple[Path, li
 
 
 def numbers_of(result: Result) -> list[float]:
-    """What a number may show of a result, in the units that pages use."""
+    """The numbers that a page may show for a result, in the units of pages."""
     return [result.n or 0, *(result.value * unit for unit in (1, 100, 2**-20, 2**-30, 1e-9))]
 
 

@@ -79,7 +79,7 @@ def test_a_loaded_model_can_be_pickled_and_copied(how: Callable[..., Any], check
 
 @pytest.mark.parametrize("draft", ["same", "other"])
 def test_a_striped_model_drafts_and_is_drafted_for(draft: str, checkpoints: Callable[..., Path]) -> None:
-    """Assisted decoding takes tokens back from both caches, and changes no token of a greedy text."""
+    """Assisted decoding crops both caches, and changes no token of a greedy text."""
     model = zebra.load(checkpoints("llama"), stripes="GLLL:9")
     assistant = zebra.load(checkpoints("llama", initializer_range=0.3 if draft == "same" else 0.25), stripes="LG:5")
     arguments = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 25, "do_sample": False, "eos_token_id": None}
@@ -251,7 +251,7 @@ def as_bin(checkpoint: Path) -> Path:
 
 @pytest.mark.parametrize("older", [True, False])
 def test_ties_are_read_from_the_tensors(older: bool, stories: Path, tmp_path: Path) -> None:
-    """A file may hold the embeddings twice, or a head of its own, under tie_word_embeddings: true."""
+    """With tie_word_embeddings: true a file may still hold the embeddings twice, or a different head."""
     file = stories / "model.safetensors"
     tensors = load_file(file)
     for own in (0.0, 1e-3):
@@ -409,7 +409,7 @@ def test_quantised_weights_of_gpt_oss() -> None:
 
 @pytest.mark.parametrize("member", ["granite_swa", "gpt_oss"])
 def test_learned_sinks_and_their_gradients_equal_transformers(member: str) -> None:
-    """A score in the softmax that no value stands behind."""
+    """A learned sink is a score in the softmax without a value."""
     plain = tiny_model(
         member, sliding_window=9, layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"]
     )
@@ -428,7 +428,7 @@ def test_learned_sinks_and_their_gradients_equal_transformers(member: str) -> No
 
 
 def test_experts_that_are_missing_are_found_in_the_files(tmp_path: Path) -> None:
-    """They lie one by one in the files, and together in the model."""
+    """Experts are separate tensors in the files, and one tensor in the model."""
     tiny_model("qwen2_moe").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]

@@ -1,4 +1,4 @@
-"""Local layers with sinks and full decoding, in whole models: the laws, zebra.json, what is refused."""
+"""Local layers with attention sinks and full decoding, in whole models: the laws, zebra.json, what is rejected."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def left_padded(lengths: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 class Naive:
-    """A local layer as its mask reads: one dense softmax."""
+    """The reference: a local layer by its mask, with one dense softmax."""
 
     def attend(self, module: Any, positions: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **more: Any) -> Any:
         return attend(q, k, v, replace(mask, sinks=SINKS), **more)
@@ -84,7 +84,7 @@ def test_law_1_sinks_change_nothing_within_the_window_and_as_long_as_the_text_ma
 
 @MEMBERS
 def test_laws_2_to_4_in_every_family(family: str, checkpoints: MakeCheckpoint) -> None:
-    """Its cache, a padded batch and packed documents give what one dense softmax gives a text alone."""
+    """With a cache, padding or packed documents, each text gets what one dense softmax gives it alone."""
     model = zebra.load(checkpoints(family), stripes=fitting(family, LAYOUT))
     ids = tokens(2, 40)
     with naively(model):
@@ -187,7 +187,7 @@ def test_generate_equals_generating_without_a_cache(model: Any, how: str) -> Non
 
 @pytest.mark.parametrize("sinks", [0, SINKS])
 def test_full_decoding_reads_by_the_window_and_decodes_with_all(sinks: int, checkpoints: MakeCheckpoint) -> None:
-    """verify holds it to a dense mask on the source; here it does not matter how the tokens come."""
+    """`verify` compares it with a dense mask on the source; this test compares different ways to feed the tokens."""
     stripes = f"GLLL:{WINDOW}+{sinks}"
     model = zebra.load(checkpoints("llama"), stripes=stripes, full_decode=True)
     ids = tokens(2, 40)
@@ -271,7 +271,7 @@ def test_a_store_of_sinks_follows_its_rows(checkpoints: MakeCheckpoint) -> None:
 
 
 def test_sinks_that_are_taken_back_are_gone(checkpoints: MakeCheckpoint) -> None:
-    """Assisted decoding writes ahead, then takes back, even into the first tokens."""
+    """Assisted decoding appends draft tokens, then crops the rejected ones, even down to the first tokens."""
     model = zebra.load(checkpoints("llama"), stripes=LAYOUT)
     ids, other = tokens(1, 30), tokens(1, 30, seed=1)
     for length in (1, 2, 5, 14):

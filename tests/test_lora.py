@@ -1,4 +1,4 @@
-"""Low-rank adaptation: what is trained, and that what is written is what was trained."""
+"""LoRA: what is trained, and that the written checkpoint is what was trained."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_what_differs_from_what_was_trained_is_never_written(
 
 
 def with_own_head(checkpoint: Path, *, tied: bool) -> Tensor:
-    """Give a checkpoint a head beside its embeddings, whatever its config says of ties."""
+    """Give a checkpoint an untied head, whatever its config says about ties; return the head."""
     tensors = load_file(checkpoint / "model.safetensors")
     table = tensors["model.embed_tokens.weight"]
     tensors["lm_head.weight"] = table + 0.3 * torch.randn(table.shape, generator=torch.Generator().manual_seed(0))
@@ -167,7 +167,7 @@ def test_a_head_of_its_own_is_neither_tied_nor_lost(lying: bool, stories: Path, 
 def test_a_merge_ties_nothing_that_its_source_does_not(
     stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """peft ties by the flag; the source's own tensors show it."""
+    """peft ties by the config's flag, which the tensors of the source contradict."""
     with_own_head(stories, tied=True)
     monkeypatch.setattr("zebra.model.checkpoint.correct_by_weights", lambda config, path: None)
 

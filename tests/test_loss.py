@@ -26,7 +26,7 @@ BOTH = [pytest.param(True, marks=pytest.mark.skipif(not HAS_KERNEL, reason="torc
 
 @pytest.fixture(params=BOTH, ids=["kernel", "fallback"])
 def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both paths; a wrong turn is an error."""
+    """Both paths: torch's fused kernel and the fallback. Taking the other one is an error."""
     monkeypatch.setattr(module, "_FUSED", request.param)
     if not request.param:
         monkeypatch.delattr(functional, "linear_cross_entropy", raising=False)
@@ -291,7 +291,7 @@ def test_states_are_read_without_those_of_all_layers(member: str) -> None:
 
 
 def test_a_head_that_its_class_treats_otherwise_is_rejected() -> None:
-    """A class may scale its logits by a field that no other has: perplexity then is no number of the model's."""
+    """A class may scale its logits by a field of its own; the perplexity would then be wrong."""
     model = tiny_model("llama").eval()
     ids = torch.randint(3, 97, (2, 21))
     losses = sequence_losses(model, ids)

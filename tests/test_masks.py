@@ -1,4 +1,4 @@
-"""The drawings of the docstrings, repeated, and the number of keys that a window shows."""
+"""Masks equal the drawings in the docstrings, and a window shows the right number of keys."""
 
 from __future__ import annotations
 

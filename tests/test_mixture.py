@@ -30,7 +30,7 @@ STORY = [story.strip() for story in (TEXT / "tinystories_train.txt").read_text()
 
 
 def corpus_of(*lengths: int, first: int = 1, texts: str | None = None) -> Corpus:
-    """Documents whose tokens are all different, and all different texts unless named by letters."""
+    """Documents whose tokens are all different; equal letters in `texts` stand for documents with equal texts."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     names = list(texts) if texts else [f"{first} {i}" for i in range(len(lengths))]
     hashes = np.array([int(hashlib.md5(name.encode()).hexdigest()[:16], 16) for name in names], dtype=np.uint64)
@@ -216,7 +216,7 @@ def test_a_source_is_drawn_alike_whatever_stands_beside_it() -> None:
 
 
 def test_sequences_with_room_at_their_end_are_no_more_than_asked_for() -> None:
-    """Documents of six tenths of a sequence: no two fit one."""
+    """Documents of 0.6 sequences, so that no two fit into one."""
     corpus = corpus_of(*[60] * 500)
     mixture = mix(split_sources([Source("s", corpus)], deduplicate=True), 200, 100, join=False, seed=0)
     assert 195 <= len(mixture.sequences) <= 200

@@ -67,13 +67,13 @@ def masked(window: int | None, keys: int, kind: str) -> Mask:
 def everything(
     run: Any, inputs: list[Tensor], mask: Mask, scale: float = 0.3, with_lse: bool = True, **options: Any
 ) -> dict[str, Tensor]:
-    """As `with_gradients`, by a kernel's own function."""
+    """As `with_gradients`, with the function of a kernel."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     return with_gradients(*run(request(leaves, mask, scale, with_lse=with_lse, **options)), leaves)
 
 
 def agree(inputs: list[Tensor], mask: Mask, **options: Any) -> dict[str, Tensor]:
-    """The kernel, whatever the length, against the formula in float64."""
+    """Compare the kernel, for any length, with the formula in float64."""
     actual = everything(native.native, inputs, mask, **options)
     expected = everything(reference.KERNEL.run, [x.double() for x in inputs], mask, **options)
     out, lse, gradient = TOLERANCE[inputs[0].dtype]
@@ -129,7 +129,7 @@ def test_a_softcap_equals_the_formula(softcap: float, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", some(KINDS, "plain", "packed and padded"))
 def test_alibi_equals_the_formula(kind: str, dtype: torch.dtype) -> None:
-    """Slopes of each head, in groups of three, and one so steep that what a mask hides would overflow."""
+    """One slope per head, groups of three heads, and one slope so steep that hidden scores would overflow."""
     slopes = torch.tensor([0.0, 0.02, 0.5, 1.0, 3.0, 8.0])
     for queries, window in ((301, None), (301, 70), (130, None)):
         agree(drawn(queries, 301, dtype=dtype, kv_heads=2, group=3), masked(window, 301, kind), slopes=slopes)
@@ -158,7 +158,7 @@ def test_groups_of_heads_equal_the_formula(kv_heads: int, group: int, dtype: tor
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_longer_than_a_block_of_the_backward_equal_the_formula(dtype: torch.dtype) -> None:
-    """Longer than what the backward holds at a time, with a stretch of keys that nobody sees."""
+    """Longer than a block of the backward, with a run of keys that no query sees."""
     agree(drawn(1500, 1500, dtype=dtype), Mask(100))
     real = torch.ones(2, 1500, dtype=torch.bool)
     real[0, :1000], real[1, 300:] = False, False
@@ -271,7 +271,7 @@ def test_gradients_only_of_what_asks_for_them_once_and_none_in_inference() -> No
 
 
 def decoded(inputs: list[Tensor], mask: Mask, **options: Any) -> list[Tensor]:
-    """The kernel, however few the keys, against the formula in float64: output and log-sum-exp."""
+    """Compare the decode kernel, for any number of keys, with the formula in float64; return output and log-sum-exp."""
     actual = native.decode(request(inputs, mask, **options))
     expected = reference.KERNEL.run(request([x.double() for x in inputs], mask, **options))
     tensors = []
@@ -352,7 +352,7 @@ def test_decode_serves_few_queries_over_many_keys(caplog: pytest.LogCaptureFixtu
 
 @needs_native
 def test_memory_grows_with_the_length() -> None:
-    """Law 7, of the tensors; the threads' own memory is a copy of a head and its gradients."""
+    """Law 7 for tensors; besides them each thread needs a copy of one head and its gradients."""
     bytes_of = []
     for length in (1024, 2048, 4096):
         inputs = [x.requires_grad_() for x in drawn(length, length)]
@@ -385,7 +385,7 @@ def test_it_serves_what_it_is_made_for() -> None:
 
 @pytest.mark.parametrize("changed", [{"v": torch.zeros(1, 1, 9, 16)}, {"k": torch.zeros(1, 1, 9, 64).bfloat16()}])
 def test_runs_of_keys_unlike_their_values_are_declined(changed: dict[str, Tensor]) -> None:
-    """It would read beyond them."""
+    """The kernel would read beyond them."""
     edges, keys = torch.zeros(1, 256, dtype=torch.long), {"k": torch.zeros(1, 1, 9, 64), "v": torch.zeros(1, 1, 9, 64)}
     tensors = {"q": torch.zeros(1, 1, 256, 64), **keys, **changed, "first": edges, "end": edges}
     assert native.attend_ranges(**tensors, scale=1.0) is None
@@ -485,7 +485,7 @@ CROSS, EMULATOR = (
 
 
 class Emulated:
-    """What `ctypes` would load of native.cpp, of which each call is a process on an emulated ARM."""
+    """The library native.cpp as `ctypes` would load it, but each call is a process on an emulated ARM CPU."""
 
     def __init__(self, folder: Path, cpu: str, *options: str):
         self.program, self.memory = folder / "native", folder / "memory"

@@ -1,4 +1,4 @@
-"""Needles: every prompt exact to the token, every piece at its place, and a script that reads the prompt answers it."""
+"""Retrieval samples: exact token counts, needles at their depths, answers that a script can read from the prompt."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ DEPTHS = (0.0, 0.31, 0.5, 1.0)
 
 
 def _trained(kind: str) -> Tokenizer:
-    """A tokenizer of another make, trained here."""
+    """A tokenizer of another kind, trained here."""
     rng = Random(1)
     words = [GENERATORS[name](rng) for name in ("words", "made-up words") for _ in range(8000)]
     prompts = [
@@ -130,7 +130,7 @@ def read(tokenizer: Any, ids: Any) -> str:
 
 
 def solved(task: str, text: str) -> list[str]:
-    """The answers, by reading the prompt as a person would, in small letters and digits joined."""
+    """Read the answers from the text of the prompt, in lower case and with digits joined."""
     text = re.sub(r"(?<=\d) (?=\d)", "", normalize(text))
     if task == "passkey":
         return re.findall(r"the pass key is (\d{5}) ?\.", text)
@@ -186,7 +186,7 @@ def test_the_evidence_begins_where_the_sample_says(task: str, needles: SampleGen
 
 
 def test_the_first_evidence_stands_at_its_depth_to_the_token(needles: SampleGenerator) -> None:
-    """At depth d it stands d of the way from where it stands at 0 to where it stands at 1."""
+    """Its position is linear in the depth, between those at depth 0 and depth 1."""
 
     def place(depth: float) -> int:
         return needles.samples("passkey", length=777, depth=depth)[0].needle_starts[0]

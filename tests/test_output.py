@@ -1,4 +1,4 @@
-"""What a verb measured reaches its file and the reader: results are not lost, and names do not act on a terminal."""
+"""Output of commands: results are not lost, and control characters in names do not reach a terminal."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_an_error_line_does_not_act_on_a_terminal(zebra: Zebra, tmp_path: Path) 
 
 
 def _beyond_the_disk(write: Callable[[str], Any], file: Path) -> Exception:
-    """What a write raises beyond a limit on the size of files, which fails it as a full disk does."""
+    """The error of a write beyond a limit on file sizes, which fails like one on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:

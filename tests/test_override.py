@@ -1,4 +1,4 @@
-"""The one seam of attention: who implements it, who calls it, and that a module comes back as it was."""
+"""Attention overrides: who implements them, who calls them, and that a module is restored."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def test_a_batch_with_padding_between_tokens_equals_its_tokens_alone() -> None:
 
 
 def test_documents_behind_cached_tokens_are_rejected() -> None:
-    """They were read as one text with what is cached before them."""
+    """They used to be read as one text together with the cached tokens."""
     model = tiny_model("llama")
     model.set_attn_implementation("zebra")
     ids = tokens(1, 12)

@@ -1,4 +1,4 @@
-"""Sequences of training: no token lost or doubled, labels and positions by the book, and sequences well filled."""
+"""Training sequences: no token is lost or repeated, labels and positions are right, and sequences are well filled."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zebra.errors import ZebraError
 
 
 def corpus_of(*lengths: int, kind: Any = np.uint16) -> Corpus:
-    """Every token is another number, from 1 on, so that padding (0) is none of them."""
+    """Documents whose tokens are all different, from 1 on, so that none equals padding (0)."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Corpus(np.arange(1, offsets[-1] + 1).astype(kind), offsets)
 
@@ -70,7 +70,7 @@ def test_apart_has_every_token_once(corpus: Corpus, length: int) -> None:
 @corpora
 @pytest.mark.parametrize("length", [1, 7, 16])
 def test_apart_labels_and_positions(corpus: Corpus, length: int) -> None:
-    """A piece goes on where the next token is the next one of the same document."""
+    """A piece continues while the next token is the next one of the same document."""
     document = documents_of(corpus)
     for sequence in as_lists(pack(corpus, length, join=False, seed=0)):
         position, padding = -1, False

@@ -1,4 +1,4 @@
-"""Trainings whose processes split sequences: the losses, the evaluations and the checkpoint of one process."""
+"""Training with sequence parallelism gives the losses, evaluations and checkpoint of a single process."""
 
 from __future__ import annotations
 

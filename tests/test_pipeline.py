@@ -1,4 +1,4 @@
-"""Several verbs as one recipe: each stage once, none with changed inputs, the same results after any kill."""
+"""Pipelines: each stage runs once, none with changed inputs, and a killed one resumes to the same results."""
 
 from __future__ import annotations
 

@@ -659,7 +659,7 @@ def test_ropes_that_can_be_rotated_again_are_estimated(rope: dict[str, Any]) -> 
 
 
 def test_a_checkpoint_is_planned_with_its_sinks_and_full_decoding(zebra: Zebra, tmp_path: Path) -> None:
-    """config.json has no field for them, and the plan of a cache of all tokens was that of the window."""
+    """config.json has no field for them; the plan used to count a cache of the window instead of all tokens."""
     path = tmp_path / "striped"
     convert(STORIES, path, "GLLL:64+4", full_decode=True)
     line = ("plan", path, "--length", 2048, "--phase", "decode", "--json")

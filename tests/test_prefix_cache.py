@@ -1,4 +1,4 @@
-"""Caches by their tokens: which prompt takes which, what is let go of, and every byte of it."""
+"""The prefix cache: which cache a prompt takes, what is evicted, and how many bytes are counted."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def load(checkpoints: Callable[..., Path]) -> Load:
 
 
 def ids(n: int, seed: int = 0, behind: Tensor | None = None) -> Tensor:
-    """n random tokens, those of another text before them."""
+    """n random tokens, after those of another text."""
     new = torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(seed))
     return new if behind is None else torch.cat([behind, new])
 
 
 @torch.no_grad()
 def read(model: Any, text: CachedText, tokens: Tensor, end: int | None = None) -> Tensor:
-    """Read what the cache has not of some tokens; the logits of the last."""
+    """Read the tokens that the cache does not have; return the logits of the last one."""
     return model(tokens[None, len(text) : end], past_key_values=text.cache, use_cache=True).logits[0, -1]
 
 

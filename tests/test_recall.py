@@ -70,7 +70,7 @@ def test_a_document_is_exact_and_asks_for_what_it_told(
 def test_symbols_that_are_labelled_are_told_before(
     symbols: float, recall: RecallGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A labelled symbol ends a beginning of a line that stood there before; what goes round has one period."""
+    """A labelled symbol completes the beginning of a line that occurred before; repeating texts have one period."""
     for seed in range(20):
         only("pairs", monkeypatch)
         ids, labels = recall.document(90, Random(seed), symbols)

@@ -1,4 +1,4 @@
-"""The page says what the results say, needs nothing from elsewhere, and loses no result."""
+"""The report shows what the results say, is self-contained, and loses no result."""
 
 from __future__ import annotations
 

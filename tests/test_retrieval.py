@@ -1,4 +1,4 @@
-"""Retrieval: a script that reads the prompt finds everything, a guesser one in ten, and the cache changes nothing."""
+"""Retrieval scores: a script that reads the prompt gets all, a guesser one in ten, and the cache changes nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def needles(tokenizer: Any) -> SampleGenerator:
 
 
 class Scripted(PreTrainedModel, GenerationMixin):
-    """A model whose logits a function of the tokens so far makes. It knows earlier tokens by the cache alone."""
+    """A model whose logits are a function of the tokens so far; it knows earlier tokens only from the cache."""
 
     config_class = LlamaConfig
     _supports_attention_backend = True

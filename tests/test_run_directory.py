@@ -1,4 +1,4 @@
-"""A run directory: a recipe mended before anything is trained, a training made longer, a clock that is wrong."""
+"""A run directory: a recipe corrected before training starts, a longer training, a wrong clock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, train: Any, recipe: Any) -> Non
 def test_a_recipe_and_its_files_may_be_mended_until_a_checkpoint_is_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The mended recipe was "another recipe", and what was measured by the first one stayed."""
+    """A corrected recipe used to be rejected as another recipe, and measurements of the first one stayed."""
     text = tmp_path / "text.txt"
     text.write_text((TEXT / "tinystories_test.txt").read_text())
     changes: dict[str, Any] = {"data__files": [str(text)], "train__max_steps": 1}

@@ -1,4 +1,4 @@
-"""Selection: it finds the layer that was planted, is killed and goes on, and refuses budgets that leave no choice."""
+"""Layer selection: it finds a planted layer, resumes after a kill, and rejects budgets that leave no choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Self-Extend in a model: equal to its dense formula however it is run, and refused where it could not be."""
+"""Self-Extend in a model: equal to its dense formula however it is run, and rejected where it cannot be."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def drawn(length: int, heads: int = 4) -> list[Tensor]:
 
 
 def dense(q: Tensor, k: Tensor, far_q: Tensor, far_k: Tensor, v: Tensor, mask: Mask, window: int) -> tuple[Tensor, ...]:
-    """Two whole matrices, one softmax."""
+    """The reference: two full matrices of scores, one softmax."""
     k, far_k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, far_k, v))
     j = torch.arange(v.shape[2])
     i = j[len(j) - q.shape[2] :]
@@ -158,7 +158,7 @@ def test_dimensions_without_a_rope_are_left() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_formula_without_self_extend_is_the_plain_model(family: str, checkpoints: MakeCheckpoint) -> None:
-    """The oracle's own oracle: plain transformers."""
+    """The reference is itself compared with plain transformers."""
     path = checkpoints(family, **EXACT)
     model = zebra.load(path, self_extend=SETTING)
     plain = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")

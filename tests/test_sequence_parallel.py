@@ -460,7 +460,7 @@ def test_padding_has_no_position_beyond_those_of_the_text() -> None:
 
 
 def test_every_process_has_the_positions_of_padding() -> None:
-    """They may be any, so that none can be told from those of one chunk."""
+    """Padding may have any positions, so a process cannot derive them from its own chunks."""
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     batch = {"input_ids": torch.zeros_like(mask), "attention_mask": mask, "position_ids": positions}

@@ -89,7 +89,7 @@ class Served:
         return sum(float(line[-1]) for line in lines if line[0] == name or line[0].startswith(name + "{"))
 
     def requests(self) -> float:
-        """Those that run or wait."""
+        """Number of running and waiting requests."""
         return self.metric("zebra_requests_running") + self.metric("zebra_requests_waiting")
 
     def until_idle(self) -> None:
@@ -132,7 +132,7 @@ def with_template(checkpoint: Path, folder: Path, template: str = TEMPLATE) -> P
 
 @pytest.fixture(autouse=True)
 def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of lm-eval's tests, which send their requests to a proxy that is not there."""
+    """Bypass the proxy that lm-eval's tests set, which does not exist."""
     monkeypatch.setenv("no_proxy", "*")
 
 

@@ -202,7 +202,7 @@ def test_an_error_of_the_template_names_the_model_and_not_its_folder() -> None:
 
 
 class GaveUp(BaseException):
-    """As the tokenizers library raises it, which is no Exception."""
+    """Like a panic of the tokenizers library, which is no Exception."""
 
 
 GaveUp.__module__ = "pyo3_runtime"

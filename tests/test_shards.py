@@ -1,4 +1,4 @@
-"""Shards of a sequence: every token is held once, and what crosses is what a count of single tokens says."""
+"""Shards of a sequence: each token is in one shard, and the planned traffic equals a count token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder of the study: four kinds of attention × four position embeddings, each causal, exact and a whole host."""
+"""The study's decoder: four kinds of attention × four position embeddings, each causal, exact and loadable."""
 
 from __future__ import annotations
 

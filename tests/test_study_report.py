@@ -45,7 +45,7 @@ def pairs(layout: str, length: int) -> int:
 
 
 def run_of(cell: StudyCell, seed: int, value: float, gain: float = 0.05, beyond: float = 1.1) -> list[Result]:
-    """What `zebra pretrain` leaves of a cell: `value` over its length, `gain` nats less far than near."""
+    """Results of `zebra pretrain` for a cell: perplexity `value`, whose logarithm falls by `gain` from near to far."""
     place = f"runs/grid/cells/{cell.layout.replace(':', '-').replace('/', '-')}-{cell.position}-{cell.length}-s{seed}"
     common: dict[str, Any] = {"run": Path(place).name, "seed": seed, "layout": f"{cell.layout} {cell.position}"}
     common |= {"versions": {"torch": "2"}, "commit": "abc"}
@@ -84,7 +84,7 @@ def whole(**changes: Any) -> dict[StudyCell, dict[str, Any]]:
 
 
 def rows_of(cells: dict[StudyCell, dict[str, Any]], seeds: int = 3, noise: float = 0.001) -> list[Result]:
-    """Each seed shifts all cells alike by much, and each run by a little."""
+    """Results in which each seed shifts all cells by the same large amount, and each run by a small one."""
     drawn, rows = random.Random(5), []
     for cell, settings in cells.items():
         for seed in range(seeds):

@@ -268,7 +268,7 @@ def _rope(header: GgufHeader, values: dict[str, Any], head_dim: int) -> dict[str
 
 
 def _llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[str, Any]:
-    """The fields of a Llama 3.1 rope from its factors: 1 for high frequencies, `factor` for low ones, a ramp between."""
+    """The fields of a Llama 3.1 rope from its factors: 1 for high frequencies, `factor` for low, a ramp between."""
     shape, kind, start = header.tensors[ROPE_FACTORS]
     count, factors = head_dim // 2, tuple[float, ...]()
     if kind == 0 and shape == (count,) and start + 4 * count <= header.path.stat().st_size:
