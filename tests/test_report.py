@@ -205,6 +205,12 @@ def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert "two (trained)" in text
 
 
+def test_a_run_without_buckets_stands_beside_one_with_them(tmp_path: Path) -> None:
+    whole = [one for one in scores("m", "full", (1.0, 2.0, 3.0, 4.0), "two") if one.position_to == 1024][-1:]
+    html, _ = page([*scores("m", "full", (1.0, 2.0, 3.0, 5.0), "one"), *whole], tmp_path)
+    assert "two: contexts of 1,024 tokens" in words(html)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e12])
 def test_odd_values_make_a_page(tmp_path: Path, value: float) -> None:
     html, _ = page(scores("m", "full", (1.0, value, 3.0, 4.0)), tmp_path)

@@ -130,11 +130,13 @@ def plot_positions(axes: Axes, results: Sequence[Result], named: Mapping[str, st
             line = "--" if run_and_layout in trained and not after else "-"
         scores = {span_of(one): one for one in results if series_of(one) == series}
         here = {math.sqrt(max(a, left) * b): scores[a, b] for a, b in spans if (a, b) in scores}
+        if not here:  # measured over the whole context alone, beside others by position
+            continue
         label = (named or {}).get(series.layout, label)
         axes.plot([*here], [drawable(one.value) for one in here.values()], line, label=label, **style)
         if len(names) <= _FEW:
             bounds = [interval(one) or (math.nan, math.nan) for one in here.values()]
-            low, high = ([drawable(bound) for bound in side] for side in zip(*bounds, strict=True))
+            low, high = ([*map(drawable, side)] for side in zip(*bounds, strict=True))
             axes.fill_between([*here], low, high, color=style["color"], alpha=0.15, linewidth=0)
     edges = [left, *(end for _, end in spans)]
     _scale_tokens(axes, edges, [f"{spans[0][0]:,}", *(f"{edge:,}" for edge in edges[1:])])
