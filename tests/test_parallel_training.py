@@ -282,7 +282,7 @@ def test_the_command_says_how_to_start_it(tmp_path: Path, zebra: Zebra) -> None:
     refused(zebra("adapt", tmp_path / "recipe.yaml"), "torchrun --nproc-per-node 2 -m zebra")
 
 
-def test_a_dry_run_counts_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_counts_the_processes_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, shared = (dry_run(adapt_recipe(tmp_path, parallel={"sequence": size})) for size in (1, 2))
     assert whole.memory["weights"] == shared.memory["weights"]
     assert shared.memory["activations"] == pytest.approx(whole.memory["activations"] / 2, rel=0.01)
@@ -298,7 +298,10 @@ def test_a_dry_run_counts_one_process(tmp_path: Path, monkeypatch: pytest.Monkey
         assert sharded.memory[part] == -(-whole.memory[part] // 4)
     assert sharded.memory["activations"] == shared.memory["activations"]
     assert whole.memory["weights"] / 4 < sharded.memory["weights gathered"] < whole.memory["weights"]
-    assert "4 of them split the weights" in sharded.facts["a step"]
+    assert "x 2 groups of 2 processes, which split sequences; 4 of them split" in sharded.facts["a step"]
+    copies = dry_run(adapt_recipe(tmp_path, parallel={"data": 3, "shard": 2})).facts["training"].split()
+    alone = whole.facts["training"].split()
+    assert int(copies[2].replace(",", "")) == 6 * int(alone[2].replace(",", ""))
     monkeypatch.setenv("WORLD_SIZE", "8")
     recipe: AdaptRecipe = adapt_recipe(tmp_path, parallel={"sequence": 2})
     check_processes(recipe)
