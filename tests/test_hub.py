@@ -95,6 +95,7 @@ def test_a_recipe_takes_a_name(cache: Path) -> None:
 def test_what_is_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of weights in several formats: safetensors, otherwise pickle, never the subfolders of other formats."""
     files = ["config.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors", "tokenizer.model"]
+    files += ["consolidated.safetensors", "consolidated.safetensors.index.json"]
     pickled = ["config.json", "pytorch_model.bin", "onnx/model.onnx"]
     nested = ["sub/config.json", "sub/model.safetensors", "config.json"]
 

@@ -26,7 +26,8 @@ def hub_directory(name: str, *, weights: bool = True, subfolder: str = "", **arg
     """Download a checkpoint and return its directory in the Hub's cache.
 
     It has the configs, the tokenizer and the weights: safetensors files, or pickle files (.bin) if there are none.
-    Weights in other subfolders are not downloaded. Later calls of the process return the same version.
+    Weights in other subfolders and Mistral's consolidated* files are not downloaded. Later calls of the process return
+    the same version.
 
     Args:
         weights: whether to download the weights.
@@ -59,7 +60,7 @@ def _download(name: str, weights: bool, subfolder: str, arguments: tuple[tuple[s
             snapshot_download(
                 name,
                 allow_patterns=[f"{folder}{kind}" for kind in kinds],
-                ignore_patterns=None if subfolder else [f"*/{kind}" for kind in ("*.safetensors", "*.bin")],
+                ignore_patterns=[f"{folder}consolidated*", *([] if subfolder else ["*/*.safetensors", "*/*.bin"])],
                 tqdm_class=Bar,
                 **dict(arguments),
             )
