@@ -16,6 +16,8 @@ from huggingface_hub import constants
 import zebra as package
 from zebra import ZebraError, hub
 from zebra.model.checkpoint import read_local_attention
+from zebra.pipeline.recipe import read_pipeline
+from zebra.pipeline.run import run
 from zebra.plan.decoder import read_decoder
 from zebra.train.adapt import adapt
 from zebra.train.recipe import AdaptRecipe
@@ -90,6 +92,13 @@ def test_a_recipe_takes_a_name(cache: Path) -> None:
     recipe: dict[str, Any] = {"run": "run", "model": NAME, "stripes": "GLLL:33", "train": train, "data": texts}
     adapt(AdaptRecipe.model_validate(recipe))
     assert json.loads(Path("run/model/zebra.json").read_text())["source"] == NAME
+
+
+def test_a_pipeline_takes_a_name(cache: Path) -> None:
+    publish(cache, STORIES)
+    Path("pipeline.yaml").write_text(f"{{run: run, model: {NAME}, stages: {{convert: {{stripes: 'GLLL:33'}}}}}}")
+    assert [stage["state"] for stage in run(read_pipeline("pipeline.yaml"))] == ["new"]
+    assert [stage["state"] for stage in run(read_pipeline("pipeline.yaml"))] == ["done"]
 
 
 def test_what_is_downloaded(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

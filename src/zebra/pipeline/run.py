@@ -144,7 +144,7 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     inputs = {"kind": stage.kind} | flatten(section) | {"its files": digests_of_files(section)}
     if stage.source is None:
         return inputs
-    if not stage.source.exists():
+    if stage.after and not stage.source.exists():  # the pipeline's own model may be a name of the hub
         raise ZebraError(f"the checkpoint {stage.source} is gone. Restore it, or rename the folder of its stage.")
     return inputs | {"its checkpoint": checkpoint_digests(stage.source)}
 
