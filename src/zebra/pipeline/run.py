@@ -43,6 +43,7 @@ from zebra.train.directory import digests_of_files, flatten
 from zebra.train.dry_run import dry_run
 from zebra.train.measuring import local_attention_for
 from zebra.train.pretrain import config_of
+from zebra.train.processes import check_processes
 from zebra.train.recipe import CheckpointRecipe, RecipeSection
 from zebra.train.recipe_file import check_files, checked
 from zebra.train.source import adapted_config, read_source
@@ -245,6 +246,7 @@ def _check(stage: Stage, source: Path | None, target: Path) -> None:
 
 def _check_training(stage: Stage, source: Path | None, target: Path) -> None:
     recipe = stage.recipe
+    check_processes(recipe)
     check_files(recipe)
     templates: dict[str, str] = {}
     if source is None:
