@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -317,6 +319,11 @@ def test_rows_that_are_damaged_are_said_before_any_cell_runs(tmp_path: Path, mon
     with pytest.raises(ZebraError, match="is not a result"):
         study(of(tmp_path / "run", cells))
     assert not list((tmp_path / "run" / "cells").glob("*.log"))
+
+
+def test_a_system_without_prctl_has_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+    assert runpy.run_path(str(grid.__file__))["_prctl"](1, 15) is None
 
 
 def test_why_a_cell_failed(tmp_path: Path) -> None:

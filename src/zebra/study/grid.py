@@ -274,7 +274,7 @@ def _start(recipe: PretrainRecipe, worker: int, workers: int) -> subprocess.Pope
 
 
 _PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None).prctl  # looked up before the fork
+_prctl = getattr(ctypes.CDLL(None), "prctl", lambda *_: None)  # looked up before the fork; other systems lack it
 
 
 def _end_with(parent: int) -> None:
