@@ -138,6 +138,14 @@ def test_a_grid_that_contradicts_itself_is_rejected(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cell_is_one_process(tmp_path: Path) -> None:
+    settings = tree(tmp_path / "run")
+    settings["recipe"]["parallel"] = {"shard": 2}
+    with pytest.raises(ZebraError, match=r"parallel\.shard 2 takes a multiple of 2 processes"):
+        study(StudyRecipe.model_validate(settings))
+    assert not (tmp_path / "run").exists()
+
+
 def test_there_is_a_worker(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="workers is at least 1"):
         study(of(tmp_path / "run"), workers=0)

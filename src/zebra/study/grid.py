@@ -45,7 +45,7 @@ from zebra.study.layout import NAME
 from zebra.study.recipe import StudyRecipe
 from zebra.train import directory
 from zebra.train.pretrain import config_of
-from zebra.train.processes import tokens_per_step
+from zebra.train.processes import check_processes, tokens_per_step
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.recipe_file import as_recipe, read_recipe
 from zebra.train.step_memory import planned_step
@@ -70,6 +70,7 @@ def study(grid: StudyRecipe | str | os.PathLike[str], workers: int = 1) -> list[
     recipes: Sequence[PretrainRecipe] = recipes_of(grid)
     if workers < 1:
         raise ZebraError(f"workers is at least 1; got {workers}. Raise it.")
+    check_processes(recipes[0])
     check_machine(recipes[0].train)
     run = Path(grid.run)
     with directory_lock(run):
