@@ -122,6 +122,13 @@ def test_bad_keys_are_left_to_axolotls_checks(plugin: Any, keys: dict[str, Any],
         plugin.ZebraArgs(zebra=keys)
 
 
+@pytest.mark.parametrize("value", ["GLLL:9", True, ["stripes"]])
+def test_a_value_that_is_no_table_is_left_to_axolotls_checks(plugin: Any, value: object, tmp_path: Path) -> None:
+    plugin.ZebraPlugin().register(recipe(tmp_path, zebra=value))
+    with pytest.raises(ValidationError, match="zebra"):
+        plugin.ZebraArgs(zebra=value)
+
+
 def test_a_second_process_takes_the_conversion_of_the_first(plugin: Any, tmp_path: Path) -> None:
     keys = {"zebra": {"stripes": "GLLL:9"}, "base_model_config": str(STORIES)}
     first, second = (recipe(tmp_path, **keys) for _ in range(2))

@@ -118,7 +118,7 @@ class ZebraPlugin(BasePlugin):
 
 def _keys(cfg: Mapping[str, Any]) -> ZebraKeys | None:
     value = cfg.get("zebra")
-    return None if value is None else ZebraKeys.model_validate(dict(value))
+    return None if value is None else ZebraKeys.model_validate(dict(value) if isinstance(value, Mapping) else value)
 
 
 def _converted(source: str, target: Path, stripes: str) -> Path:
