@@ -107,6 +107,8 @@ def test_what_two_runs_have_stands_side_by_side_with_its_change() -> None:
     ]
     assert texts(perplexity) == [["perplexity|1,024", "8.00|", "6.50|", "−1.5|"]]
     assert compare(results[:2]).blocks == []
+    versioned = [replace(one, model="models/m@v2") for one in results]  # a path, and no step of a training
+    assert len(compare(versioned).blocks) == 3
 
 
 def test_the_page_of_two_runs(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from zebra.errors import printable
 from zebra.report import tasks
 from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import Results, split, table, where
-from zebra.report.series import overlap, percent, series_of, task_name
+from zebra.report.series import overlap, percent, series_of, step, task_name
 from zebra.results import Result
 
 HOW = (
@@ -50,7 +50,7 @@ def compare(results: Iterable[Result]) -> Section:
         one
         for one in results
         if one.position_from in (None, 0) and one.position_to in (None, one.length)  # the whole context
-        if "@" not in one.model  # not during training
+        if step(one) is None  # not during training
         if one.task != "bench ceilings"
     ]
     runs = split(compared, lambda one: (one.task, one.metric, one.length))
