@@ -48,17 +48,22 @@ class Methods:
         return [one for one in scored if task in (None, one.task)]
 
     def share(self, series: Series) -> float:
-        """The share of answers over all tasks and depths; NaN without any."""
-        scores = [one.value for one in self.answers(series)]
-        return sum(scores) / len(scores) if scores else math.nan
+        """The share of answers over all samples; NaN without any."""
+        return answered_share(self.answers(series))
+
+
+def answered_share(results: Sequence[Result]) -> float:
+    """The share of the samples of some retrieval results that were answered; NaN without any.
+
+    A budget may end between two depths, which then have one sample more and less.
+    """
+    return sum(one.value * (one.n or 1) for one in results) / (sum(one.n or 1 for one in results) or math.nan)
 
 
 def answered(results: Sequence[Result]) -> str:
     """How many samples of some retrieval results were answered: of many in percent, of a few `1 of 1`."""
-    total = sum(one.n or 0 for one in results)
-    if 0 < total < _FEW_SAMPLES:
-        return f"{sum(one.value * (one.n or 0) for one in results):.0f} of {total}"
-    return percent(sum(one.value for one in results) / len(results), decimals=0)
+    total, share = sum(one.n or 0 for one in results), answered_share(results)
+    return f"{share * total:.0f} of {total}" if 0 < total < _FEW_SAMPLES else percent(share, decimals=0)
 
 
 def comparisons(results: Iterable[Result]) -> list[list[Result]]:
