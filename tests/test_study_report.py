@@ -239,6 +239,14 @@ def test_a_claim_without_its_cells_is_not_tested(missing: object, claim: int) ->
     assert judged(rows_of(cells))[claim] == "not tested here"
 
 
+def test_positions_are_compared_in_one_layout() -> None:
+    rows = rows_of({StudyCell("GLLL:32", "rotary", 512): {"value": 16.0}}, seeds=5)
+    rows += rows_of({StudyCell(GROUPED, position, 512): {"value": 17.0} for position in ("rotary", "alibi")}, seeds=2)
+    (study,) = studies_in(rows)
+    (part,) = claims.claims(study)[4].evidence
+    assert [name for name, _ in part.compared] == ["GL:32 rotary", "GL:32 alibi"]
+
+
 def test_a_spread_that_leaves_it_open_is_no_verdict() -> None:
     verdicts = judged(rows_of(whole(), noise=0.2))
     assert verdicts[:5] == ["not tested here"] * 5

@@ -104,8 +104,9 @@ def _summary_between(claim: Claim, study: Study) -> bool | None:
 
 
 def _rotary_is_best(claim: Claim, study: Study) -> bool | None:
-    pairs = [(study.cell(kind), study.cell(kind, position)) for kind in ATTENTIONS for position in POSITIONS[1:]]
-    holds = [claim.compare(study, rotary, AS_GOOD, other) for rotary, other in pairs if rotary and other]
+    cells = [rotary for kind in ATTENTIONS for rotary in study.cells(kind)]
+    pairs = [(rotary, rotary._replace(position=position)) for rotary in cells for position in POSITIONS[1:]]
+    holds = [claim.compare(study, rotary, AS_GOOD, other) for rotary, other in pairs if other in study.runs]
     tried = study.cell("global", "absolute") and study.cell("global", "alibi")
     return _all(*holds, *([] if tried else [None]))
 
