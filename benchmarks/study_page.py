@@ -159,9 +159,9 @@ _NOTE = (
 
 
 def _verdict(claim: Claim) -> Cell:
-    """The verdict; where it is open, the seeds of each cell that would decide it."""
+    """The verdict; where a comparison leaves it open, the seeds of each cell that would decide that."""
     part = claim.deciding
-    if part is None:
+    if part is None or (claim.verdict == UNTESTED and part.holds is not None):
         return Cell("of text alone" if claim.of_text_alone else "not tested")
     of = ""
     if claim.verdict == UNTESTED and part.difference:

@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from test_report import a_run, words
 
 import study as script
+from study_page import _verdict
 from zebra.errors import ZebraError
 from zebra.report import write_report
 from zebra.results import Result, read_results, write_results
@@ -342,6 +343,11 @@ def test_a_verdict_names_the_comparison_that_decides_it() -> None:
         decided = evidence.Claim("", "", verdict=verdict, evidence=parts).deciding
         assert decided is not None
         assert decided.where == name
+
+
+def test_a_claim_that_lacks_a_cell_wants_no_seeds() -> None:
+    surely = evidence.Evidence([], "", "", "", True, difference=Difference(-0.5, 0.01, "", 0.01))
+    assert _verdict(evidence.Claim("", "", evidence=[surely])).text == "not tested"
 
 
 def test_how_many_seeds_would_decide() -> None:
