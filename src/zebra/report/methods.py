@@ -117,20 +117,15 @@ def _counts(compared: Methods) -> str:
 
 
 def _perplexity(results: Results, span: Span) -> Cell:
-    here = [one for one in results if one.metric == "perplexity" and span_of(one) == span]
-    above = [one for one in results if one.metric == "loss_above_best" and span_of(one) == span]
-    cell = value_cell(here)
-    if above and above[0].value > 0:
-        share = percent(math.expm1(above[0].value), sign="+")
-        return cell._replace(dim=share, dim_results=above)
-    return cell
+    here = [one for one in results if span_of(one) == span]
+    cell = value_cell([one for one in here if one.metric == "perplexity"])
+    above = [one for one in here if one.metric == "loss_above_best" and one.value > 0]
+    return cell._replace(dim=percent(math.expm1(above[0].value), sign="+"), dim_results=above) if above else cell
 
 
 def _answers(results: Results, task: str) -> Cell:
     here = [one for one in results if one.task == task]
-    if not here:
-        return Cell("–")
-    return Cell(answered(here), results=here)
+    return Cell(answered(here), results=here) if here else Cell("–")
 
 
 def _ratio(results: Results, metric: str, base: float) -> Cell:

@@ -110,9 +110,7 @@ class Study:
     @cached_property
     def uses_self_extend(self) -> bool:
         """Whether any cell was read with Self-Extend."""
-        return any(
-            ", self-extend" in one.layout for seeds in self.runs.values() for run in seeds.values() for one in run
-        )
+        return any(", self-extend" in one.layout for one in self.results)
 
     def last(self, cell: StudyCell, context: int) -> Span:
         """The last bucket of positions of a cell in a context; the whole context where it has no buckets."""

@@ -262,9 +262,7 @@ class _ShowProgress(TrainerCallback):
         self.seconds += time.perf_counter() - self.began
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        if "loss" in logs:
+        if "loss" in logs and state.is_world_process_zero:
             self.advance(note=f"step {state.global_step}, loss {logs['loss']:.3f}")
             if not console.is_terminal:
                 left = (state.max_steps - state.global_step) * self.seconds / self.steps
