@@ -165,7 +165,7 @@ def _verdict(claim: Claim) -> Cell:
         return Cell("of text alone" if claim.of_text_alone else "not tested")
     of = ""
     if claim.verdict == UNTESTED and part.difference:
-        of = f" ({part.seeds or 'more than 30'} seeds)"
+        of = f" ({part.seeds} seeds)".replace("inf", "more than 30")
     elif part.interval == "means":
         of = ", by means"
     return Cell(f"{VERDICTS[claim.verdict]}{of}", results=part.results)

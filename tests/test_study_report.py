@@ -345,6 +345,20 @@ def test_a_verdict_names_the_comparison_that_decides_it() -> None:
         assert decided.where == name
 
 
+def test_an_open_claim_names_the_comparison_that_more_seeds_decide_it_by() -> None:
+    def decided_by(*means: float) -> float:
+        differences = [Difference(mean, half_width(0.1, 3), "", 0.1) for mean in means]
+        parts = [evidence.Evidence([], "", "", "", None, difference=one) for one in differences]
+        deciding = evidence.Claim("", "", evidence=parts).deciding
+        assert deciding is not None
+        assert deciding.difference is not None
+        return deciding.difference.mean
+
+    assert decided_by(-0.1, -0.05, -0.08) == -0.05  # all hold when the last does
+    assert decided_by(-0.1, 0.05, 0.08, -0.001) == 0.08  # it does not hold when one does not
+    assert decided_by(-0.1, 0.0) == 0.0  # no number of seeds
+
+
 def test_a_claim_that_lacks_a_cell_wants_no_seeds() -> None:
     surely = evidence.Evidence([], "", "", "", True, difference=Difference(-0.5, 0.01, "", 0.01))
     assert _verdict(evidence.Claim("", "", evidence=[surely])).text == "not tested"

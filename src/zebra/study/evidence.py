@@ -45,9 +45,9 @@ class Evidence:
         return max(self.limit - self.difference.high, self.difference.low - self.limit)
 
     @property
-    def seeds(self) -> int | None:
-        """How many seeds per cell would decide the comparison; None if it is decided, or if 30 would not do."""
-        return None if self.difference is None else seeds_to_decide(self.difference, self.limit)
+    def seeds(self) -> float:
+        """How many seeds per cell would decide the comparison; inf if it is decided, or if 30 would not do."""
+        return (self.difference and seeds_to_decide(self.difference, self.limit)) or math.inf
 
 
 def within(difference: Difference, limit: float) -> bool | None:
@@ -88,10 +88,16 @@ class Claim:
 
     @property
     def deciding(self) -> Evidence | None:
-        """The comparison that decides the verdict: the clearest failure, or without one the least clear comparison."""
-        outcome = {HOLDS: True, FAILS: False, UNTESTED: None}[self.verdict]
+        """The comparison that decides the verdict: the clearest failure, or without one the least clear comparison.
+
+        Of an open claim the one by which more seeds would decide it: the first to fail, or else the last to hold.
+        """
         own = [part for part in self.evidence if not part.gates]
-        parts = [part for part in own if part.holds is outcome] or own
+        if undecided := [part for part in own if part.holds is None and self.verdict == UNTESTED]:
+            failing = [part for part in undecided if part.difference and part.difference.mean > part.limit]
+            choose = min if failing else max
+            return choose(failing or undecided, key=lambda part: (part.seeds, -part.distance))
+        parts = [part for part in own if part.holds is (self.verdict == HOLDS)] or own
         choose = max if self.verdict == FAILS else min
         return choose(parts, key=lambda part: part.distance, default=None)
 
