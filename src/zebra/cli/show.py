@@ -100,9 +100,8 @@ def comparison(results: Sequence[Result], out: Path, as_json: bool) -> None:
     tables, lines = method_tables(results)
     for table in tables:
         _print(terminal_table(table))
-    for words in lines:
+    for words in (*lines, f"page {out / 'report.html'}"):
         line(words)
-    line(f"page {out / 'report.html'}")
 
 
 def conversion(converted: dict[str, str], as_json: bool) -> None:

@@ -53,10 +53,7 @@ class Methods:
 
 
 def answered_share(results: Sequence[Result]) -> float:
-    """The share of the samples of some retrieval results that were answered; NaN without any.
-
-    A budget may end between two depths, which then have one sample more and less.
-    """
+    """The share of all samples of some retrieval results that were answered; NaN without any."""
     return sum(one.value * (one.n or 1) for one in results) / (sum(one.n or 1 for one in results) or math.nan)
 
 

@@ -93,8 +93,7 @@ def _paired_table(compared: Methods) -> Table:
 
 def _above_best(results: Results, span: Span) -> Cell:
     here = [one for one in results if one.metric == "loss_above_best" and span_of(one) == span]
-    share = partial(percent, sign="+")
-    return interval_cell(here, lambda nats: share(math.expm1(nats)), between=" to ")
+    return interval_cell(here, lambda nats: percent(math.expm1(nats), sign="+"), between=" to ")
 
 
 def _cost_table(compared: Methods) -> Table:

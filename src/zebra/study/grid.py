@@ -239,8 +239,7 @@ def _run(
                 time.sleep(0.2)
                 if received:
                     raise SystemExit(128 + received[0])
-                ended = [worker for worker, (_, process) in running.items() if process.poll() is not None]
-                for worker in ended:
+                for worker in [worker for worker, (_, process) in running.items() if process.poll() is not None]:
                     cell, process = running.pop(worker)
                     free.append(worker)
                     if process.returncode:

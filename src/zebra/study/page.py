@@ -39,7 +39,6 @@ _RECALL_PROSE = (
     "Perplexity of values that a document told under a key, by the tokens since: 1 where they are looked up, 10 where "
     "the digits are guessed."
 )
-_OF_RECALL = "On recall, the positions are distances between a value and where it is asked for."
 _DRAWABLE = 1e6
 _FAR = 1.25
 """Points above this many times the best perplexity are drawn at the upper edge, or they would squeeze the others."""
@@ -109,7 +108,7 @@ def _checklist(checked: Mapping[str, Sequence[Claim]]) -> Blocks:
     head = [Cell(""), *map(Cell, verdicts), Cell("claim"), Cell("rests on")]
     claims_of_any = next(iter(checked.values()))
     rules = [f"Claim {i} holds where {claim.rule}." for i, claim in enumerate(claims_of_any, start=1)]
-    rules += [_OF_RECALL] * several
+    rules += ["On recall, the positions are distances between a value and where it is asked for."] * several
     columns = ["claim", "cell", "against", *(["on"] if several else []), "positions", "change", "holds"]
     title = "Evidence: means over seeds with their standard deviation"
     tables = Table("", head, body, numeric=False), Table(title, [*map(Cell, columns)], evidence, numeric=False)

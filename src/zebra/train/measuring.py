@@ -42,11 +42,10 @@ def training_results(recipe: Recipe, history: list[dict[str, Any]], columns: dic
     """The training loss by tokens, and the evaluations during training, from the Trainer's history."""
     results: list[Result] = []
     for entry in sorted(history, key=lambda entry: (entry["step"], "results" in entry)):  # losses of a step first
-        if "loss" in entry:
-            tokens, length, model = entry["num_input_tokens_seen"], recipe.train.length, f"{recipe.run}@{entry['step']}"
-            loss = {"task": "train", "metric": "loss", "value": entry["loss"], "length": length, "n": tokens}
-            results.append(Result(model=model, **loss, **columns))
         now = {"run": columns["run"], "model": f"{recipe.run}@{entry['step']}"}  # the run may have been moved
+        if "loss" in entry:
+            loss = {"task": "train", "metric": "loss", "value": entry["loss"], "length": recipe.train.length}
+            results.append(Result(n=entry["num_input_tokens_seen"], **loss, **columns | now))
         results += [Result(**result | now) for result in entry.get("results", ())]
     return results
 

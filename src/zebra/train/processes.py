@@ -52,8 +52,7 @@ def check_processes(recipe: Recipe) -> None:
 
 def data_groups(recipe: Recipe) -> int:
     """How many groups of processes train on sequences of their own; without a launcher, the least that there may be."""
-    parallel = recipe.parallel
-    return max(processes() // parallel.sequence, parallel.shard * (parallel.data or 1))
+    return max(processes() // recipe.parallel.sequence, recipe.parallel.shard * (recipe.parallel.data or 1))
 
 
 def sequences_per_step(recipe: Recipe) -> int:
