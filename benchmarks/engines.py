@@ -146,23 +146,24 @@ def families(results: Sequence[Result]) -> Section:
     full = [one.value for one in results if one.metric == "full_logprob_difference"]
     behind = [one for one in results if one.metric == "greedy_behind" and one.value > 0]
     prose = [
-        "Tiny random models of five layers (320 tokens, 4 heads of 32 over 2 key-value heads) in float32, on a CPU. "
-        "Prompts shorter and three times longer than the window, after each 8 tokens decoded greedily with the "
-        "engine's cache. The number is the largest difference of a log-probability, in nats, of the ten likeliest "
-        "tokens at each of them. vLLM has the arguments of the command that zebra export prints. make test-engines "
-        "writes the numbers. A dash was not run.",
-        f"The same models with full attention in every layer differ by {min(full):.1g} to {max(full):.2g} nats after "
-        "the longer prompt. Tokens of a text were equal everywhere. The tokenizer of retrieval-2.2M splits text in a "
-        "way that llama.cpp has no name for; its export was run with GPT-2's split in its place.",
-        "Every greedy token was the likeliest in transformers too"
+        "Each export was run in its engine and compared with the striped model in transformers, in float32 on a CPU. "
+        "The models are tiny and random (5 layers, 4 query heads of size 32, 2 key-value heads, a vocabulary of 320), "
+        "except for examples/retrieval-2.2M. One prompt is shorter than the window, the other three times as long. "
+        "After each, the engine decodes 8 tokens greedily with its KV cache.",
+        "A cell is the largest difference of a log-probability, in nats, over the 10 likeliest tokens of each step. A "
+        "dash means not run. vLLM ran with the arguments that zebra export prints. Reproduce: make test-engines.",
+        "For scale: after the longer prompt, the same models with full attention in every layer differ by "
+        f"{min(full):.1g} to {max(full):.2g} nats. All engines split the test texts into the same tokens. llama.cpp "
+        "has no name for the pre-tokenizer of retrieval-2.2M, so its export ran with GPT-2's instead.",
+        "Every greedily decoded token was the likeliest in transformers too"
         + (
             "."
             if not behind
-            else ", but for " + "; ".join(f"{_of(one)}: {one.value:.2g} nats behind" for one in behind) + "."
+            else ", except for " + "; ".join(f"{_of(one)} ({one.value:.2g} nats below)" for one in behind) + "."
         ),
     ]
     head = [Cell("model"), Cell("layout"), *map(Cell, _COLUMNS)]
-    return Section("Every family", [*prose, Table("", head, lines)])
+    return Section("Tiny models of every family", [*prose, Table("", head, lines)])
 
 
 def _of(one: Result) -> str:
@@ -187,11 +188,12 @@ def otherwise(results: Sequence[Result]) -> Section:
         model, _, how = one.model.partition(", ")
         lines.append([Cell(f"{_TITLES[model]}, {how}"), Cell(one.layout), Cell(f"{one.value:.2g}", results=[one])])
     prose = (
-        "vLLM in silence, where --model-impl transformers is forgotten, or given to Granite SWA. It refuses Qwen 2 "
-        "and 3 without the flag, as zebra convert writes max_window_layers: 0."
+        "vLLM gives wrong results without an error if --model-impl transformers is missing for the first three "
+        "models, or given for Granite SWA. For Qwen 2 and 3 it stops with an error without the flag, because zebra "
+        "convert writes max_window_layers: 0."
     )
-    head = [Cell("model"), Cell("layout"), Cell("difference in nats")]
-    return Section("With the wrong flag", [prose, Table("", head, lines)])
+    head = [Cell("model"), Cell("layout"), Cell("difference, nats")]
+    return Section("vLLM with the wrong flag", [prose, Table("", head, lines)])
 
 
 def smollm2(results: Sequence[Result]) -> Section:
@@ -217,27 +219,26 @@ def smollm2(results: Sequence[Result]) -> Section:
         return f"{value:.1f} s"
 
     body = [
-        line("keys and values of 8,192 tokens", "kv_bytes", mib),
-        line(f"CPU time to read {TOKENS:,} tokens of a book", "read", seconds, "read_ratio"),
-        line(f"CPU time for {NEW_TOKENS} tokens after them", "write", seconds, "write_ratio"),
+        line("KV cache of 8,192 tokens", "kv_bytes", mib),
+        line(f"CPU time to prefill {TOKENS:,} tokens of a book", "read", seconds, "read_ratio"),
+        line(f"CPU time to decode {NEW_TOKENS} tokens after them", "write", seconds, "write_ratio"),
     ]
     turns = at["full", "read"].n
     prose = (
-        f"SmolLM2-135M-Instruct, Q4_1, from its GGUF file, with the layers that zebra select chose, {STRIPES}, not "
-        f"adapted. llama.cpp's defaults, one thread of a machine that was busy with other work. The two take turns, "
-        f"{turns} of each; medians, also of the ratios of each turn, with the least and the most."
+        f"SmolLM2-135M-Instruct in Q4_1, from its GGUF file. The striped export has the layout {STRIPES}, chosen by "
+        "zebra select, and is not adapted. llama.cpp ran with its defaults on one thread; other work used the machine "
+        f"too. The two models took turns, {turns} runs each. The values are medians; the ratio of times is the median "
+        "over the turns, with minimum and maximum. Reproduce: python benchmarks/engines.py FILE.gguf."
     )
-    head = [Cell(""), Cell("as it is"), Cell("striped"), Cell("ratio")]
+    head = [Cell(""), Cell("unchanged"), Cell("striped"), Cell("ratio")]
     checks = [one for one in results if one.high is not None and one.n is None]
     verified = [
         [Cell(one.metric), Cell(f"{one.length:,}"), Cell(f"{one.value:.2g}", results=[one]), Cell(f"{one.high:.2g}")]
         for one in checks
     ]
     columns = [Cell("check"), Cell("tokens"), Cell("difference"), Cell("allowed")]
-    title = "zebra verify --engine gguf of the same file, log-probabilities in nats:"
-    return Section(
-        "A real language model in llama.cpp", [prose, Table("", head, body), Table(title, columns, verified)]
-    )
+    title = "zebra verify --engine gguf of the striped file; differences of log-probabilities in nats"
+    return Section("SmolLM2-135M in llama.cpp", [prose, Table("", head, body), Table(title, columns, verified)])
 
 
 def write_page() -> None:
@@ -249,7 +250,7 @@ def write_page() -> None:
     tiny = read_results(FAMILIES)
     real = stored_results(SMOLLM2)
     sections = [families(tiny), otherwise(tiny), smollm2(real), method([*tiny, *real])]
-    written = page.markdown("", "Exports, run by their engines", [], [one for one in sections if one.blocks])
+    written = page.markdown("", "Exports in llama.cpp, MLX and vLLM", [], [one for one in sections if one.blocks])
     atomic_write(PAGE, written)
 
 
