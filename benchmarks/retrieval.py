@@ -190,16 +190,16 @@ def within(results: Sequence[Result]) -> list[Section]:
     plain, trained = _of(results, "layouts"), _of(results, "adapted")
     order = _layouts(plain)
     head = [
-        Cell("layout", "* kept by measured selection"),
+        Cell("layout (* chosen by zebra.select)"),
         Cell("far"),
         Cell("near"),
         Cell("adapted, far"),
         Cell("adapted, near"),
     ]
     sections: list[str | Table | figures.Figure] = [
-        f"Prompts of {TRAINED} tokens, answers by greedy generation, windows of {WINDOW}. Far: the evidence at depths "
-        "0 and 0.5, beyond the window, 40 samples; near: at depth 1, just before the question, 20 samples. Wilson's "
-        "95 % intervals beside them."
+        f"Prompts have {TRAINED} tokens, local layers a window of {WINDOW}. Answers are generated greedily. Far: the "
+        "evidence is at depths 0 and 0.5, outside the window, 40 samples. Near: it is at depth 1, just before the "
+        "question, 20 samples. In brackets: Wilson's 95 % intervals."
     ]
     for task in TASKS:
         body = [
@@ -218,7 +218,7 @@ def further(results: Sequence[Result]) -> list[Section]:
     here = _of(results, "beyond")
     lengths = sorted({result.length for result in here if result.length is not None})
     tasks = [task for task in TASKS if _retrieved(here, task, DEPTHS)]
-    head = [Cell("loaded"), *(Cell(f"{task}, {length:,}") for task in tasks for length in lengths)]
+    head = [Cell("loaded as"), *(Cell(f"{task}, {length:,}") for task in tasks for length in lengths)]
     body = []
     for model, layout in dict.fromkeys((result.model, result.layout) for result in here):
         cells = []
@@ -229,29 +229,33 @@ def further(results: Sequence[Result]) -> list[Section]:
                     _cell(Score.of([result for result in _retrieved(of, task, DEPTHS) if result.layout == layout]))
                 )
         body.append([Cell(layout + ADAPTED * model.endswith(ADAPTED)), *cells])
-    prose = f"The model was trained on {TRAINED} tokens. Depths 0, 0.5 and 1 together, 10 samples each."
-    return [Section(f"To {4 * TRAINED:,} tokens", [prose, Table("", head, body)])] if body else []
+    prose = f"The model was trained on {TRAINED} tokens. Each value is of 10 samples at each depth: 0, 0.5 and 1."
+    return [Section(f"Up to {4 * TRAINED:,} tokens", [prose, Table("", head, body)])] if body else []
 
 
 def findings(results: Sequence[Result]) -> list[Section]:
     """A line for each part and number of global layers."""
     lines = []
-    for part, when in (("layouts", "As it is"), ("adapted", "Adapted")):
+    for part, when in (("layouts", "Not adapted"), ("adapted", "Adapted")):
         here = _of(results, part)
         for count in (2, 1):
             if not (ranked := _ranked(here, count)):
                 continue
             best, worst = (_plain(_score(here, one, None)) for one in (ranked[-1], ranked[0]))
-            line = f"{when}, {count} of {LAYERS} layers global: the best offset is {ranked[-1]} with {best} "
-            line += f"of the far answers, the worst {ranked[0]} with {worst}"
+            line = f"{when}, {count} of {LAYERS} layers global: the best offset is {ranked[-1]} with {best}, "
+            line += f"the worst {ranked[0]} with {worst}"
             lost = [one for one in ranked if (score := _score(here, one, None)) and score.value < LOST]
             line += f"; {len(lost)} of {len(ranked)} measured offsets find less than {percent(LOST, 0)}"
             if chosen := _chosen(_of(results, "layouts"), count):
-                line += f". Measured selection kept {chosen}: {_plain(_score(here, chosen, None))}"
+                line += f". zebra.select chose {chosen}: {_plain(_score(here, chosen, None))}"
             lines.append(line + ".")
     whole = _score(_of(results, "layouts"), FULL, None)
-    lines = ([f"Full attention: {_plain(whole)} of the far answers."] if whole else []) + lines
-    return [Section("What the layouts keep", [*lines, f"Over {', '.join(TASKS)} together, with 95 % intervals."])]
+    far = (
+        f"The share of correct answers where the evidence is outside the window of {WINDOW} tokens, for "
+        f"{', '.join(TASKS)} together, with 95 % intervals."
+    )
+    full = [f"Full attention: {_plain(whole)}."] if whole else []
+    return [Section("Which layouts keep retrieval", [far, *full, *lines])]
 
 
 def _ranked(results: Sequence[Result], count: int) -> list[str]:
@@ -288,7 +292,7 @@ def picture(results: Sequence[Result]) -> figures.Figure:
 
         return plot
 
-    return figures.Figure("retrieval-layouts", [bars("layouts", "as it is"), bars("adapted", "adapted")])
+    return figures.Figure("retrieval-layouts", [bars("layouts", "not adapted"), bars("adapted", "adapted")])
 
 
 def write_page(results: Sequence[Result]) -> None:
@@ -299,15 +303,15 @@ def write_page(results: Sequence[Result]) -> None:
     """
     if not results:
         raise ZebraError(f"there are no results in {FILE}. Measure first: python benchmarks/retrieval.py")
-    caption = f"Far answers in {TRAINED} tokens by layout; whiskers are 95 % intervals, * was kept by selection"
+    caption = f"Far answers in {TRAINED} tokens by layout; whiskers are 95 % intervals, * was chosen by zebra.select"
     parts = [*findings(results), *within(results), *further(results)]
     parts[0].blocks.append(figures.Figure("layouts", [], caption))
     verdict = [
         [
             Cell(
-                f"examples/{MODEL.name} under stripes, adapted to them, and beyond its length. Measured by "
-                "benchmarks/retrieval.py, which also wrote this page from the results in "
-                f"benchmarks/results/{FILE.name}. The run of a result names its part here."
+                f"How well examples/{MODEL.name} retrieves with stripes, before and after adaptation, and beyond its "
+                "trained length. Reproduce: python benchmarks/retrieval.py. The results are in "
+                f"benchmarks/results/{FILE.name}; the run of a result names its part of the benchmark."
             )
         ]
     ]

@@ -354,16 +354,16 @@ def _laid_out(bench: ModuleType) -> list[Result]:
 
 def test_the_page_of_layouts_says_best_worst_and_measured(bench: ModuleType) -> None:
     rows = _laid_out(bench)
-    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in bench.findings(rows)[0].blocks]
+    _, *lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in bench.findings(rows)[0].blocks]
     assert lines[0].startswith("Full attention: 100 % (")
     assert "2 of 4 layers global: the best offset is LGLG with 80 % (" in lines[1]
     assert "the worst GLGL with 50 % (" in lines[1]
     assert "; 0 of 2 measured offsets find less than 10 %" in lines[1]
-    assert "Measured selection kept GLLG: 90 % (" in lines[1]
+    assert "zebra.select chose GLLG: 90 % (" in lines[1]
     assert "1 of 4 layers global: the best offset is LLGL with 70 % (" in lines[2]
     assert "the worst GLLL with 5 % (" in lines[2]
     assert "; 1 of 4 measured offsets find less than 10 %" in lines[2]
-    assert "Measured selection kept LLGL: 70 % (" in lines[2]
+    assert "zebra.select chose LLGL: 70 % (" in lines[2]
     _, *tables = bench.within([*rows, *_cells(bench, "adapted", "GLLL:128", 0.9)])[0].blocks
     assert [table.title for table in tables] == list(bench.TASKS)
     names = ["full", "GLGL", "LGLG", "GLLG *", "GLLL", "LGLL", "LLGL *", "LLLG", "LLLL"]
