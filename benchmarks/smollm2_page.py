@@ -34,12 +34,12 @@ PICTURES = ROOT / "docs" / "images" / "smollm2"
 ANSWERS = RESULTS.parent / "smollm2-answers.json"
 
 MODEL = "runs/demo-llm/smollm2"
-TUNED = {"as it was": MODEL, "adapted to stripes": "runs/lcat-smollm2/model", "then tuned": "runs/lit-smollm2/model"}
+TUNED = {"source": MODEL, "adapted to stripes": "runs/lcat-smollm2/model", "then tuned": "runs/lit-smollm2/model"}
 LIMIT, WINDOW = 8192, 1024
 AUTO = "8:2048"
 """What `auto:16384` takes."""
 GROUPS = ("4:1024", "4:2048", "8:1024", "8:4096", "16:2048")
-BESIDE = {"source": "the source", "trained": "the full model trained alike"}
+BESIDE = {"source": "the source", "trained": "the full model trained in the same way"}
 
 
 def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
@@ -47,7 +47,7 @@ def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
     here = [one for part in ("chosen", "offset", "full") for one in parts.get(part, ()) if "perplexity" in one.task]
     here = [one for one in here if one.metric == "perplexity" and "@" not in one.model]
     if not here:
-        return Section("Adapted to stripes", [])
+        return Section("Adaptation to stripes", [])
     source = [one for one in here if one.layout == "full" and one.model == MODEL]
     spans = [*buckets(source), (0, source[0].length or 0)]
     layouts = short_layouts(one.layout for one in here)
@@ -68,14 +68,14 @@ def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
         for beside, name in BESIDE.items()
     ]
     prose = (
-        "40 steps of 8,192 tokens of low-rank updates, the same for each layout, on six books and two files of code; "
-        "measured on two novels that are not among them. With two documents an interval says how far apart they are. "
-        "The share of the gap closed is beside the source as it was; and beside the full model that was trained the "
-        "same way, so that what both learn of novels does not count."
+        "LoRA for 40 steps of 8,192 tokens, the same for each layout, on six books and two files of code. Measured on "
+        "two other novels; with only two documents, an interval shows how far apart they are. The share of the gap is "
+        "given relative to the source, and to the full model that was trained in the same way: there, what both learn "
+        "from novels does not count."
     )
-    head = [Cell("layout"), Cell("beside"), *(Cell(span_name(span)) for span in spans)]
+    head = [Cell("layout"), Cell("relative to"), *(Cell(span_name(span)) for span in spans)]
     blocks: list[str | Table | Figure] = [prose, table("Perplexity by position", [Cell("model")], lines, shown)]
-    return Section("Adapted to stripes", [*blocks, Table("Share of the gap that training closed", head, closed)])
+    return Section("Adaptation to stripes", [*blocks, Table("Share of the gap that training closed", head, closed)])
 
 
 def _at(span: Span, show: Callable[..., Cell]) -> Callable[[Sequence[Result]], Cell]:
@@ -139,7 +139,8 @@ def checklist(parts: Mapping[str, Sequence[Result]]) -> Section:
     ]
     prose = (
         "Claims of Self-Extend (arXiv 2401.01325, sections 4, 5) and of Zebra's adaptation (arXiv 2312.08618, section "
-        "4), in our words, about this one model and these texts."
+        "4), in our words, tested on this one model and these texts. Reproduce: make demo-llm, then python "
+        "benchmarks/smollm2.py."
     )
     return Section(
         "Checklist", [prose, Table("", [Cell("claim"), Cell("measured here"), Cell("verdict")], body, False)]
@@ -163,13 +164,13 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
         lost = compared.perplexity("full", beyond)
         yield (
             "Without training, perplexity does not rise beyond the trained length.",
-            f"{far:.2f} at 8K to 16K, {grouped:.2f} at 4K to 8K; {lost:.1f} as it is",
+            f"{far:.2f} at 8K to 16K, {grouped:.2f} at 4K to 8K; {lost:.1f} unchanged",
             _verdict(far < 1.03 * grouped, enough=compared.enough(beyond)),
         )
         short = compared.perplexity("full", near), compared.perplexity(extended, near)
         yield (
-            "Within the trained length nothing is lost.",
-            f"{grouped:.2f} and {plain:.2f} at 4K to 8K, {short[1]:.2f} and {short[0]:.2f} at 2K to 4K",
+            "Within the trained length, perplexity does not rise.",
+            f"{grouped:.2f}, unchanged {plain:.2f} at 4K to 8K; {short[1]:.2f}, unchanged {short[0]:.2f} at 2K to 4K",
             _verdict(grouped < 1.01 * plain and short[1] < 1.01 * short[0], enough=compared.enough(beyond)),
         )
     for task in ("passkey", "needle-in-text"):
@@ -177,7 +178,7 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
             before = compared.answers("full", task)
             yield (
                 f"At twice the trained length a {task.replace('-', ' ')} is answered at any depth.",
-                f"{_shares(answered)}; {_shares(before)} as it is",
+                f"{_shares(answered)}; {_shares(before)} unchanged",
                 _verdict(min(one.value for one in answered) >= 0.9, enough=len(answered) > 2),
             )
     by_setting = Compared(parts.get("groups", ()))
@@ -206,7 +207,7 @@ def _adaptation_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[
             shares = [cell.text for cell in _closed(parts, part, spans, beside) if cell.results]
             if shares:
                 yield (
-                    f"A short adaptation closes four fifths of the gap of {layout} to {name}, at every position.",
+                    f"A short adaptation closes 80 % of the gap between {layout} and {name}, at every position.",
                     f"from 1K to 8K: {', '.join(shares)}",
                     _verdict(all(float(share.rstrip(" %").replace("−", "-")) >= 80 for share in shares)),
                 )
@@ -228,10 +229,10 @@ def documents(results: Sequence[Result]) -> Section:
         for metric in split(here, attrgetter("metric"))
     ]
     prose = (
-        "Ten stories of SQuALITY's development set, of at most 7,300 tokens, 50 questions; answers were generated for "
-        "25 of them, greedily, up to 128 tokens. Log-likelihoods are in nats a token of the reference answers (four a "
-        "question), after the story and the question, and after the question alone. ROUGE and F1 are against the best "
-        "of the four."
+        "Ten stories of SQuALITY's development set, each of at most 7,300 tokens, with 50 questions and four reference "
+        "answers to each. Log-likelihoods are those of the reference answers, in nats per token: after the story and "
+        "the question, and after the question alone. For 25 questions answers were also generated, greedily, up to 128 "
+        "tokens. ROUGE and F1 compare them with the best of the four references."
     )
     samples = json.loads(ANSWERS.read_text()) if ANSWERS.is_file() else {}
     rows = [
@@ -239,7 +240,7 @@ def documents(results: Sequence[Result]) -> Section:
     ]
     head = [Cell("the first question of three stories"), *map(Cell, TUNED)]
     scores = table("Scores", [Cell("model"), Cell("layout")], lines, metrics)
-    return Section("Questions about long stories", [prose, scores, Table("Samples of answers", head, rows, False)])
+    return Section("Questions about long stories", [prose, scores, Table("Sample answers", head, rows, False)])
 
 
 def _shares(results: Sequence[Result]) -> str:
@@ -281,7 +282,7 @@ def _comparison(parts: Mapping[str, list[Result]], part: str, title: str) -> Sec
 
 def picture(results: Sequence[Result]) -> Figure:
     """Perplexity by position of the methods that keep all layers global."""
-    names = {"full": "as it is", "full yarn": "YaRN", "full, self-extend": "Self-Extend"}
+    names = {"full": "unchanged", "full yarn": "YaRN", "full, self-extend": "Self-Extend"}
     here = [
         one for one in results if one.metric == "perplexity" and (one.position_from, one.position_to) != (0, one.length)
     ]
