@@ -112,24 +112,24 @@ _ROWS = (
     "copy the model's forward, which zebra does not do."
 )
 _STRIPES = (
-    "Stripes take their share of a token's attention alone. Products of one row and dispatch, which they do not "
-    "touch, are more than the goal leaves. The kernel for few queries, which serves local layers of 512 keys and more "
-    "since a first measurement, takes 0.10 ms in place of torch's 0.18 in a layer of 1,024 (docs/log.md)."
+    "Stripes shorten only the attention of a token. The rest, matrix products with one row and dispatch, takes more "
+    "time than the goal leaves for it. The kernel for few queries, which since a first measurement serves local layers "
+    "of 512 keys and more, takes 0.10 ms instead of torch's 0.18 in a layer of 1,024 (docs/log.md)."
 )
 _HEAD = (
-    "Head and loss are 49,152 words in float32, by torch's linear_cross_entropy, at the rate of MKL. A loop of our own "
-    "that forms gradients beside the loss, by oneDNN, took half the time and was not kept: the kernel is torch's to "
-    "improve (docs/log.md). Norms and rope pass over fresh float32 memory, which autocast makes; keeping freed memory "
-    "took a third more of it and no time off."
+    "Head and loss run over a vocabulary of 49,152 in float32, by torch's linear_cross_entropy, at the rate of MKL. A "
+    "loop of our own, which computes the gradients with the loss by oneDNN, took half the time. It was not kept, "
+    "because the kernel is torch's to improve (docs/log.md). Norms and rope pass over fresh float32 memory, which "
+    "autocast allocates. Keeping freed memory took a third more of it and saved no time."
 )
 _ACTIVATIONS = (
-    "The memory of a step is that of its activations, which train.activation_checkpointing takes away for one more "
-    "forward pass; it was off here."
+    "The memory of a step is that of its activations. train.activation_checkpointing, which was off here, avoids it "
+    "for the time of one more forward pass."
 )
 _MKL = (
-    "In float32 shares exceed 100 %: the peak is that of torch's products, which MKL computes. On this AMD processor "
-    "oneDNN computes them more than twice as fast in full float32 (docs/log.md), and so does our attention kernel. Of "
-    "oneDNN's rate a whole read is about half."
+    "In float32, shares exceed 100 %, because the peak is that of torch's matrix products, which MKL computes. On this "
+    "AMD CPU oneDNN is more than twice as fast in full float32 (docs/log.md), and so is zebra's attention kernel. A "
+    "whole prefill reaches about half of oneDNN's rate."
 )
 _FLOAT32 = (
     "Elementwise passes of transformers' layers. Compiled layers take 3 to 5 % off, for a minute of compiling "
@@ -143,39 +143,41 @@ def _goals() -> Iterator[Goal]:
     for dtype, bound in (("bfloat16", 0.7), ("float32", 0.8)):
         for length in (8192, 16384, 32768):
             for layout in ("full", "GL:1024"):
-                name = f"reading {length:,} tokens, {dtype}, {layout}: share of the peak"
+                name = f"prefill of {length:,} tokens, {dtype}, {layout}: share of the peak"
                 yield Goal(name, bound, True, f"prefill-{length}-{dtype}", share(layout), zebra(layout), _FLOAT32)
     for length, bound in ((8192, 0.3), (16384, 0.2)):
-        name = f"reading {length:,}, GL:1024, over transformers' sdpa, full"
+        name = f"prefill of {length:,} tokens, GL:1024: time over transformers' sdpa, full"
         run = f"peers-prefill-{length}-bfloat16"
         yield Goal(name, bound, False, run, ratio(zebra("GL:1024"), (SDPA, "full")), zebra("GL:1024"))
     for length in (8192, 16384, 32768):
-        name = f"reading {length:,}, Self-Extend over full"
+        name = f"prefill of {length:,} tokens, Self-Extend: time over full"
         value = ratio(zebra(SELF_EXTEND), zebra("full"))
         yield Goal(name, 1.1, False, f"prefill-{length}-bfloat16", value, zebra(SELF_EXTEND))
     for length in (8192, 16384):
         for layout in ("full", "GL:1024"):
-            name = f"attention alone, reading {length:,}, {layout}: share of the peak"
+            name = f"attention in a prefill of {length:,} tokens, {layout}: share of the peak"
             yield Goal(name, 0.75, True, f"prefill-{length}-bfloat16", attention_share(layout), zebra(layout))
-    name = "attention alone, a LoRA step on 8,192, GL:1024: share of the peak"
+    name = "attention in a LoRA step of 8,192 tokens, GL:1024: share of the peak"
     yield Goal(name, 0.75, True, "lora-step-8192-bfloat16", attention_share("GL:1024"), zebra("GL:1024"))
     yield Goal(
-        "a LoRA step on 8,192, GL:1024: share of the peak", 0.6, True, "lora-step-8192-bfloat16", share("GL:1024"),
+        "LoRA step of 8,192 tokens, GL:1024: share of the peak", 0.6, True, "lora-step-8192-bfloat16", share("GL:1024"),
         zebra("GL:1024"), _HEAD,
     )  # fmt: skip
     runs = "memory-lora-step-8192-bfloat16+memory-step-8192-bfloat16"  # one step each, in processes of their own
     value = ratio(zebra("GL:1024"), (SDPA, "full"))
-    name = "its time, over transformers' full step, full attention"
+    name = "the same step: time over a step of all weights by transformers' sdpa, full"
     yield Goal(name, 0.3, False, runs, value, zebra("GL:1024"), _HEAD)
     value = ratio(zebra("GL:1024"), (SDPA, "full"), "extra_bytes")
-    yield Goal("its peak memory beyond the model, over the same", 0.6, False, runs, value, ("", ""), _ACTIVATIONS)
+    yield Goal(
+        "the same step: peak memory beyond the model, over the same", 0.6, False, runs, value, ("", ""), _ACTIVATIONS
+    )
     for layout in ("full", "GL:1024"):
-        name = f"peak memory of reading 32,768, {layout}, over weights, cache and one layer's work by the plan"
+        name = f"prefill of 32,768 tokens, {layout}: peak memory over weights, cache and one layer's work as planned"
         yield Goal(name, 1.3, False, "memory-prefill-32768-bfloat16", memory_share(layout, 32768))
-    name = "a token after 8,192 tokens, full, over llama.cpp's, f16"
+    name = "a token after 8,192 tokens, full: time over llama.cpp, f16"
     value = ratio(zebra("full"), (LLAMA, "full"))
     yield Goal(name, 1.0, False, "peers-decode-8192-bfloat16", value, zebra("full"), _ROWS)
-    name = "a token after 32,768 tokens, GL:1024 over full"
+    name = "a token after 32,768 tokens, GL:1024: time over full"
     value = ratio(zebra("GL:1024"), zebra("full"))
     yield Goal(name, 0.45, False, "decode-32768-bfloat16", value, zebra("GL:1024"), _STRIPES)
 
@@ -204,7 +206,7 @@ def goals(results: Sequence[Result]) -> Section:
             tried.append(note)
         bound = f"{'≥' if goal.more else '≤'} {_shown(goal, goal.bound)}"
         body.append([Cell(goal.what), Cell(bound), *map(Cell, cells)])
-    head = [*map(Cell, ("", "goal", "measured", "verdict", "above the floor, most of all"))]
+    head = [*map(Cell, ("", "goal", "measured", "verdict", "most time above the floor"))]
     left = [f"Not measured: {'; '.join(absent)}."] if absent else []
     return Section("Goals", [Table("", head, body, numeric=False), *tried, *left] if body else [])
 
@@ -224,7 +226,7 @@ def excess(results: Results, model: str, layout: str) -> str:
     same = {r.metric: r.value for r in own}
     above = {p: same.get(f"milliseconds, {p}", 0.0) - same.get(f"floor_milliseconds, {p}", 0.0) for p in PARTS}
     largest = sorted(above, key=lambda part: -above[part])[:_MOST] if same else []
-    return ", ".join(f"{NAMES[part].partition(':')[0]} {_time(own[0], above[part])}" for part in largest)
+    return "; ".join(f"{NAMES[part].partition(':')[0]} {_time(own[0], above[part])}" for part in largest)
 
 
 def _time(of: Result, milliseconds: float) -> str:
@@ -237,7 +239,7 @@ def totals(results: Sequence[Result]) -> Section:
     """Median times of everything that was measured."""
     here = [r for r in results if r.metric == ("extra_bytes" if r.run.startswith("memory") else "milliseconds")]
     if not here:
-        return Section("Beside others", [])
+        return Section("Compared with transformers and llama.cpp", [])
     kinds: dict[str, list[Result]] = split(here, lambda r: r.run)
     blocks: list[Any] = []
     for kind, how in (("peers", PEERS), ("memory", MEMORY)):
@@ -248,14 +250,14 @@ def totals(results: Sequence[Result]) -> Section:
         if columns:
             lines = [_line(ones, columns) for ones in chosen.values()]
             blocks += [how, Table("", [Cell(""), *head], lines, numeric=False)]
-    return Section("Beside others", blocks)
+    return Section("Compared with transformers and llama.cpp", blocks)
 
 
 PEERS = (
-    "In turns and one process (llama.cpp by its own clock, in its server); the least and the most in brackets. Logits "
-    "of 1,281 tokens were compared first."
+    "Measured in turns, in one process (llama.cpp in its server, by its own clock); minimum and maximum in brackets. "
+    "Logits after 1,281 tokens were compared first."
 )
-MEMORY = "Peak memory of one call beyond the model, each in a process of its own."
+MEMORY = "Peak memory of one call beyond the model. Each call has its own process."
 _COLUMNS = (
     ("zebra", "full"), ("zebra", "GL:1024"), ("zebra", "GLLL:1024"), ("zebra", SELF_EXTEND), (SDPA, "full"),
     ("transformers, eager", "full"), (LLAMA, "full"),

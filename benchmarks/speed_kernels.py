@@ -125,7 +125,7 @@ def share_of_plain(metric: str) -> Value:
         for result in authors:
             if result.model.startswith("two score matrices"):
                 times = result.value / _last(authors, metric, "zebra, plain").value
-                evidence += f"; {result.model} {times:.1f} times"
+                evidence += f"; {result.model}: {times:.1f} ×"
         return ours.value / plain.value, evidence
 
     return value
@@ -145,45 +145,45 @@ GOALS = (
         f"{_LAYER}, bf16", "the same, bf16", 30, 36, faster("attention", "bfloat16", _MASK, f"milliseconds{_TWO}"),
     ),
     Goal(
-        "local layer, N = 4,096, executed FLOPs, float32 with the switch", "the machine's measured matrix peak",
+        "local layer, N = 4,096, executed FLOPs, float32 matmul precision medium", "the machine's measured matrix peak",
         0.47, 0.60, share_of_peak, "%",
     ),
     Goal(
-        "its peak memory minus inputs and outputs, 12 heads of 64", "the same of the dense mask", 0.16, 0.08,
+        "local layer, N = 16,384, peak memory minus inputs and outputs, 12 heads of 64", "the dense mask", 0.16, 0.08,
         memory("attention", "float32", _MASK), "of",
     ),
     Goal(
         f"{_STEP}, float32", "transformers default, float32", 2.6, 3.5, faster("train-step", "float32", _TRANSFORMERS),
-        why="of its 10.1 s the products of the linear maps and the head, the same on both sides, take 5.8 at the "
-        "rate that torch's reach, and attention 2.7; the stretch would be 9.1 s.",
+        why="of 10.1 s, the matrix products of linear layers and head, the same on both sides, take 5.8 at torch's "
+        "rate, and attention 2.7; the stretch goal is 9.1 s.",
     ),
     Goal(
         f"{_STEP}, bf16 autocast", "transformers default, bf16 autocast", 3.2, 4,
         faster("train-step", "bfloat16", _TRANSFORMERS),
-        why="head and loss stay in float32, for a loss that is right: 1.8 s of 6.9; the stretch would be 6.4 s.",
+        why="head and loss stay in float32 for a correct loss: 1.8 of 6.9 s; the stretch goal is 6.4 s.",
     ),
     Goal(
         "decode at 32,768 cached, 44M parameters, float32", "transformers default cache, full attention", 15, 18,
         faster("decode", "float32", f"{_TRANSFORMERS}, full attention"),
-        why="of 37 to 50 ms a token some 18 are the linear maps of transformers, which MKL multiplies with a single "
-        "row by one thread at 10 GB/s, and some 15 the attention of two global layers at 19 GB/s, where a sum over "
-        "memory reads 32. A loop of our own in C++ took 3.6 ms off, too little. The ratio moves with the allocator: "
-        "transformers' cache is slow for the fresh memory of its copies (docs/log.md).",
+        why="of 37 to 50 ms per token, about 18 are the linear layers: matrix products with one row, which MKL runs on "
+        "one thread at 10 GB/s. About 15 are the attention of two global layers at 19 GB/s; a sum over memory reads "
+        "32. A C++ loop of our own saved 3.6 ms, too little. The ratio depends on the allocator: transformers' cache "
+        "is slow because its copies need fresh memory (docs/log.md).",
     ),
     Goal(
         "Self-Extend 8:1024, attention of a prefill, N = 16,384", "plain causal, the same kernels", 1.25, 1.15,
         share_of_plain("milliseconds_prefill_attention"), "of",
     ),
     Goal(
-        "its attention of a token, 16,384 cached", "plain causal, the same kernels", 1.2, 1.05,
+        "Self-Extend 8:1024, attention of a token, 16,384 cached", "plain causal, the same kernels", 1.2, 1.05,
         share_of_plain("milliseconds_decode_attention"), "of",
     ),
     Goal(
-        "its decode of a token, 16,384 cached, 44M parameters", "the same model without", 1.05, 1.02,
+        "Self-Extend 8:1024, decode, 16,384 cached, 44M parameters", "the same model without", 1.05, 1.02,
         share_of_plain("milliseconds_decode"), "of",
     ),
     Goal(
-        "its peak memory, whole process, 16,384 tokens in chunks of 2,048, 110M parameters",
+        "Self-Extend 8:1024, peak memory of a process, 16,384 tokens in chunks of 2,048, 110M parameters",
         "the same model without", 1.15, 1.05, share_of_plain("peak_bytes_chunks"), "of",
     ),
     Goal(
@@ -211,10 +211,10 @@ def goals(results: list[Result]) -> Section:
         body.append([*map(Cell, (goal.workload, goal.against, measured, *bounds, verdict, evidence))])
         if verdict in ("passed", "missed") and goal.why:
             reasons.append(f"{goal.workload}, {verdict}: {goal.why}")
-    head = [*map(Cell, ("workload", "against", "measured", "pass line", "stretch", "verdict", "evidence"))]
+    head = [*map(Cell, ("workload", "against", "measured", "pass line", "stretch goal", "verdict", "evidence"))]
     prose = (
-        "Medians, with the least and the most of the turns in brackets. Both sides take turns in one process, in the "
-        "same dtype. Less is better for Self-Extend's times and for memory."
+        "Medians on two threads, with minimum and maximum in brackets. Both sides take turns in one process, in the "
+        "same dtype. For Self-Extend and for memory, less is better."
     )
     return Section("Goals of kernels and small models", [prose, Table("", head, body, numeric=False), *reasons])
 
@@ -231,8 +231,10 @@ def plan(results: list[Result]) -> Section:
         cells = f"{sizes}, {length:,} tokens", number(planned.value), _spread(step), f"{planned.value / step.value:.2f}"
         body.append([*map(Cell, cells)])
     head = [Cell("train step of zebra"), Cell("planned", "ms"), Cell("measured", "ms"), Cell("planned / measured")]
-    prose = "Ceilings are measured before and after each step; the goal is 0.75 to 1.25."
-    return Section("The plan against the clock", [prose, Table("", head, body, numeric=False)] if body else [])
+    prose = "The machine's ceilings are measured before and after each step. The goal is a ratio of 0.75 to 1.25."
+    return Section(
+        "Training steps, planned and measured", [prose, Table("", head, body, numeric=False)] if body else []
+    )
 
 
 def kernel_tables(results: list[Result]) -> Section:

@@ -18,7 +18,7 @@ from zebra_bench.published import stored_results
 
 SMOLLM2 = "speed-smollm2.jsonl"
 AMX = "speed-amx.jsonl"
-"""The same, measured by `--out` on a processor with matrix registers."""
+"""The same, measured by `--out` on a CPU with AMX."""
 SHOWN = (
     "prefill-8192-bfloat16", "prefill-8192-float32", "decode-32768-bfloat16",
     "lora-step-8192-bfloat16", "step-8192-float32",
@@ -26,13 +26,13 @@ SHOWN = (
 """Runs whose waterfalls are on the page; those of the others are in the results."""
 DRAWN = ("prefill-16384-bfloat16", "decode-32768-bfloat16", "lora-step-8192-bfloat16")
 ORIGIN = (
-    "SmolLM2-135M: 30 layers of 576, 9 query and 3 key-value heads of 64. One thread of one core; other work used the "
-    "machine's other core. Written from benchmarks/results/ by benchmarks/speed.py --page."
+    "SmolLM2-135M (30 layers of hidden size 576, 9 query heads and 3 key-value heads of size 64) on one CPU thread, "
+    "while other work used the machine's other core. Reproduce: python benchmarks/speed_smollm2.py, then make bench."
 )
 WITH_AMX = (
-    "Another machine: an Intel processor whose registers multiply bfloat16 (AMX), which torch's products and our "
-    "attention use. Attention is about half of their peak then: 2^x, maxima and sums take as long as before "
-    "(docs/log.md), and beside faster products norms and other elementwise passes weigh more."
+    "Another machine: an Intel CPU with AMX matrix registers for bfloat16, which torch's matrix products and zebra's "
+    "attention use. Attention reaches about half of their peak, because exponentials, maxima and sums take as long as "
+    "before (docs/log.md). As matrix products are faster, norms and other elementwise passes weigh more."
 )
 
 
@@ -45,7 +45,7 @@ def sections(model: Sequence[Result], with_amx: Sequence[Result], kernels: list[
     small = [speed_kernels.goals(kernels), speed_kernels.plan(kernels), speed_kernels.kernel_tables(kernels)]
     registers = [one for part in (*waterfalls(with_amx), totals(with_amx)) for one in part.blocks if one != HOW]
     parts = [*falls, goals(model), totals(model)]
-    parts += [Section("With matrix registers", [WITH_AMX, *registers] if registers else [])]
+    parts += [Section("On an Intel CPU with AMX", [WITH_AMX, *registers] if registers else [])]
     parts += [*(small if kernels else []), method([*model, *with_amx, *kernels])]
     return [part for part in parts if part.blocks]
 

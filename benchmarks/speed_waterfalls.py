@@ -19,7 +19,7 @@ NAMES = {
     "global": "attention, global layers",
     "local": "attention, local layers",
     "MLP": "MLP: three products",
-    "head": "head, and loss",
+    "head": "head and loss",
     "merging": "Self-Extend: rotations, merging",
     "norms": "norms",
     "rope": "rope",
@@ -30,13 +30,13 @@ NAMES = {
 }
 _LEAST = 0.05
 """Milliseconds of a floor below which a ratio says nothing."""
-PHASES = {"prefill": "Reading", "decode": "A token", "lora-step": "A LoRA step", "step": "A training step"}
+PHASES = {"prefill": "Prefill", "decode": "Decoding a token", "lora-step": "A LoRA step", "step": "A training step"}
 HOW = (
-    "Each part of one call, by torch's profiler, in milliseconds, and how many times its floor that is. The floor is "
-    "the larger of two times: the part's FLOPs at the peak of products of 2,048 squared in the same run, and "
-    "the bytes that it must move at the rate of a copy. Elementwise parts count as one pass over what they read and "
-    "write. Framework is the rest of the time: Python, dispatch, fresh memory. In a token the profiler adds its own "
-    "share to it; the time above the parts is taken without."
+    "The tables split one call into its parts, by torch's profiler: milliseconds, and their ratio to the part's floor. "
+    "The floor is the larger of two times: the part's FLOPs at the peak of matrix products (2,048 × 2,048, in the same "
+    "run), and the bytes that it must move at the rate of a copy. Elementwise parts count as one pass over "
+    "their inputs and outputs. Framework is the rest of the time: Python, dispatch, fresh memory. In decoding it "
+    "includes the profiler's own time; the median time does not."
 )
 
 
@@ -60,10 +60,10 @@ def waterfall(results: Sequence[Result]) -> Table:
     head = [Cell(f"{first.length:,} {length}, {dtype}")]
     for (model, layout), _ in ways.items():
         head += [Cell(layout if model == "zebra" else model, "ms"), Cell("", "× floor")]
-    firsts = {"time, median": _total, "turns": _turns, "of the peak": _share}
+    firsts = {"time, median": _total, "turns": _turns, "share of the peak": _share}
     body = [[Cell(name), *_both(ways, show)] for name, show in firsts.items()]
     if any(_of(ones, "planned_milliseconds") for ones in ways.values()):
-        body.insert(1, [Cell("planned, by rates measured here"), *_both(ways, _planned)])
+        body.insert(1, [Cell("planned, from rates measured here"), *_both(ways, _planned)])
     for part in PARTS:
         if any(_of(ones, f"milliseconds, {part}") for ones in ways.values()):
             body.append([Cell(NAMES[part]), *_both(ways, partial(_part, part))])
@@ -117,7 +117,7 @@ def picture(results: Sequence[Result], runs: Sequence[str]) -> Figure:
     """Stacked bars of some runs, each way's parts above its floors."""
     here = [one for one in results if one.run in runs and one.model == "zebra"]
     plots = [partial(_bars, results=[one for one in here if one.run == run]) for run in runs]
-    caption = "Seconds of each part, and below each bar the least that the same parts could take"
+    caption = "Seconds by part; below each bar, the floors of the same parts"
     return Figure("waterfalls", plots, caption, results=here, height=2.3, columns=1)
 
 
@@ -150,7 +150,7 @@ def _bars(axes: Axes, results: Sequence[Result]) -> None:
         at -= 0.4
     axes.set_yticks([place for place, _ in names], [name for _, name in names])
     first = results[0]
-    what = {"prefill": "reading", "decode": "a token after", "lora": "a LoRA step on", "step": "a step on"}
+    what = {"prefill": "prefill of", "decode": "a token after", "lora": "a LoRA step of", "step": "a step of"}
     name = f"{what[first.run.partition('-')[0]]} {first.length:,} tokens"
     axes.set_xlabel(f"seconds: {name}, {first.task.rpartition(', ')[2]}")
     axes.grid(axis="y", visible=False)

@@ -572,7 +572,7 @@ def test_the_page_compares_self_extend_with_plain(speed: ModuleType) -> None:
         ["1.300", "1.200", "1.050", "missed"],
         ["1.100", "1.150", "1.050", "passed"],
     ]
-    assert lines[0][6] == "22.00 against 20.00 ms; two score matrices, 1 of 2 heads at a time 10.0 times"
+    assert lines[0][6] == "22.00 against 20.00 ms; two score matrices, 1 of 2 heads at a time: 10.0 ×"
     assert lines[2][6] == "11 of 10 MiB"
 
 

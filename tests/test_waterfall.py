@@ -154,7 +154,7 @@ def test_the_tables_show_each_part_over_its_floor() -> None:
     assert body == [
         ["time, median", "30.00", "3.00"],
         ["turns", "3", ""],
-        ["of the peak", "50\N{NO-BREAK SPACE}%", ""],
+        ["share of the peak", "50\N{NO-BREAK SPACE}%", ""],
         ["MLP: three products", "20.00", "2.00"],
         ["framework", "10.00", "–"],
     ]
@@ -174,7 +174,7 @@ def test_a_missed_goal_names_the_parts_above_their_floors() -> None:
     table, tried, absent = speed_goals.goals(rows).blocks
     (line,) = [[cell.text for cell in line] for line in table.body]  # type: ignore[union-attr]
     assert line[1:4] == ["≥ 70\N{NO-BREAK SPACE}%", "50\N{NO-BREAK SPACE}%", "missed"]
-    assert line[4].startswith("norms 3.00 s, MLP 0.50 s")
+    assert line[4].startswith("norms 3.00 s; MLP 0.50 s")
     assert "oneDNN" in str(tried)
     assert "GL:1024" in str(absent)
     peers = [replace(row, run="peers-" + row.run) for row in rows if row.metric == "milliseconds"]
