@@ -76,7 +76,7 @@ def first_lengths(model: str) -> Iterator[str]:
         (f"{DEVICES_OF_CURVES} shards", Parallel(shard=DEVICES_OF_CURVES)),
     ):
         fits = [n for n in LENGTHS if sum(device_memory(planned_run(model, LAYOUT, n), shared).values()) <= limit]
-        yield f"with {what} and whole sequences " + (f"up to {max(fits):,} tokens fit" if fits else "no length fits")
+        yield (f"up to {max(fits):,} tokens fit" if fits else "no length fits") + f" on {what}"
 
 
 def gathered(model: str, length: int, sequence: int) -> tuple[str, ...]:
@@ -114,18 +114,21 @@ def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Table:
 
 
 def sections() -> list[Section]:
-    parts = [Section("What is assumed", [*ASSUMPTIONS, CALIBRATION]), Section("The curves", [figure()])]
+    parts = [
+        Section("What is assumed", [f"{one[0].upper()}{one[1:]}." for one in (*ASSUMPTIONS, CALIBRATION)]),
+        Section("Curves", [figure()]),
+    ]
     for model in MODELS:
-        shards, sequence, waiting = f"{DEVICES_OF_CURVES} shards", "devices of a sequence, limit", "waiting for keys"
+        shards, sequence, waiting = f"{DEVICES_OF_CURVES} shards", "devices per sequence, limit", "waiting for keys"
         sides = [f"{what}: {layout}" for what in (sequence, waiting) for layout in ("full", LAYOUT)]
-        head = ("tokens", "one device", shards, *sides)
+        head = ("tokens", "memory, one device", f"memory, {shards}", *sides)
         parts.append(
             Section(
                 f"What breaks first: {model}",
                 [
-                    f"Under {LAYOUT}: {'; '.join(first_lengths(model))}. Then sequences must be split. Memory of one "
-                    f"device with its own sequence, of one among {DEVICES_OF_CURVES} shards, and the best way on "
-                    f"{DEVICES_OF_CURVES} devices.",
+                    f"Under {LAYOUT} with whole sequences, {' and '.join(first_lengths(model))}. Longer sequences must "
+                    f"be split. Memory is that of one device, alone and as one of {DEVICES_OF_CURVES} shards. The "
+                    f"other columns are of the best way to use {DEVICES_OF_CURVES} devices.",
                     table(head, breaking(model)),
                 ],
             )
@@ -145,25 +148,26 @@ def sections() -> list[Section]:
     names = (
         "model",
         "tokens",
-        "devices of a sequence",
-        "a local layer",
-        "a global layer",
-        "by a ring",
-        "saved of its memory",
-        "bytes received",
+        "devices per sequence",
+        "local layer",
+        "global layer, gather",
+        "global layer, ring",
+        "memory saved by the ring",
+        "bytes received, ring / gather",
         "pairs in order",
         "pairs in zig-zag",
     )
     parts.append(
         Section(
-            "What gathering keys costs",
+            "Gathering keys and values, or a ring",
             [
-                "Bytes of keys and values that a device of a sequence fetches in a layer. A global layer holds all "
-                "of them at once; a ring holds two shards, as it computes with one and receives the next. Under "
-                "activation checkpointing one layer's are held at a time, and so are their gradients, which the "
-                "memory that a ring saves counts. Bytes received: those of global layers by a ring over those of a "
-                "gather, as the backward passes them round again. Pairs: of the device that has the most, over the "
-                "mean, with shards in the order of the tokens, and in zig-zag as they are.",
+                "The first columns are the keys and values that a device fetches for one layer. By a gather, a global "
+                "layer holds all of them at once. A ring holds two shards: it computes with one while it receives the "
+                "next. With activation checkpointing, only one layer's keys, values and their gradients are held at a "
+                "time; the memory saved, a share of the device's, counts both. A ring receives more bytes, because "
+                "the backward pass sends keys and values round again. Pairs are the (query, key) pairs of the device "
+                "that has the most, over the mean: with shards in the order of the tokens, and in zig-zag as zebra "
+                "splits them.",
                 table(names, costs),
             ],
         )
@@ -172,9 +176,9 @@ def sections() -> list[Section]:
 
 
 CALIBRATION = (
-    "calibrated on one machine alone: on two CPU cores the same formulas planned training steps at 0.90, 0.92 and 0.97 "
-    "of their measured time (docs/results/speed.md); bytes on the wire are those that a test counts; no GPU and no "
-    "network was measured"
+    "calibrated on one machine only: on two CPU cores the same formulas planned 0.90, 0.92 and 0.97 of the measured "
+    "time of training steps (docs/results/speed.md); a test counts the bytes that are sent; no GPU and no network was "
+    "measured"
 )
 
 
@@ -182,10 +186,10 @@ def figure() -> Figure:
     panels: dict[str, Callable[[Prediction], float]] = {
         f"tokens/s of {DEVICES_OF_CURVES} devices": lambda one: one.tokens_per_second,
         "of the devices' peak, %": lambda one: 100 * one.peak_share,
-        "devices of a sequence": lambda one: one.parallel.sequence,
+        "devices per sequence": lambda one: one.parallel.sequence,
     }
     plots = [partial(plot, title=title, value=value) for title, value in panels.items()]
-    caption = "The best way to share a training by the length of its sequences; lengths that do not fit are left out"
+    caption = "The best way to share a training run, by sequence length; lengths that do not fit are left out"
     return Figure("curves", plots, caption, height=2.9)
 
 
@@ -215,8 +219,9 @@ def main() -> None:
     (curves,) = page.figures_of(parts)
     atomic_write(PICTURE, curves.standalone + "\n")
     summary = (
-        f"{DEVICE.name}, bfloat16 over float32 weights, AdamW, activation checkpointing, one sequence to a group of "
-        "devices. benchmarks/scale.py wrote this page; nothing here ran on a cluster."
+        f"Estimates by the formulas of zebra plan --cluster, for {DEVICE.name}: bfloat16 with float32 weights, AdamW, "
+        "activation checkpointing, one sequence per group of devices. Nothing here ran on a cluster. Reproduce: python "
+        "benchmarks/scale.py."
     )
     atomic_write(PAGE, page.markdown(f"../{PICTURE.parent.name}/scale", "Scale on paper", [[Cell(summary)]], parts))
 

@@ -29,12 +29,12 @@ _LARGEST = 2**20
 
 ASSUMPTIONS = (
     f"matrix products and attention reach {EFFICIENCY:.0%} of published peaks (Llama 3 trained at 38 to 43 % on H100, "
-    "arXiv 2407.21783); ceilings that were measured are reached",
-    f"links reach {WIRE:.0%} of their data sheets; where a group spans nodes, gathered weights enter a node once, over "
+    "arXiv 2407.21783), and all of measured ceilings",
+    f"links reach {WIRE:.0%} of their data sheets; if a group spans nodes, gathered weights enter a node once, over "
     "the links of all its devices, and keys and values enter once for each device",
-    "weights and gradients travel while others compute; keys and values are waited for",
-    f"{ALLOCATOR:.0%} of a device's memory can be filled; weights of 4 bytes, gradients and AdamW's moments in float32",
-    f"a step has at most {LARGEST_STEP:,} tokens, or one sequence: larger steps teach less for each token "
+    "sending weights and gradients overlaps with computing; sending keys and values does not",
+    f"{ALLOCATOR:.0%} of a device's memory can be used; weights, gradients and AdamW's moments are in float32",
+    f"a step has at most {LARGEST_STEP:,} tokens, or one sequence: with larger steps each token teaches less "
     "(arXiv 1812.06162)",
 )
 
