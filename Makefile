@@ -31,7 +31,7 @@ check: $(READY) ## Lint, format, types, spelling.
 	$(BIN)/codespell
 
 test: check ## Set-up, lint, types, tests.
-	$(BIN)/pytest -n 2 -m "not full and not gpu and not engines and not faults"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not full and not gpu and not engines and not faults"
 
 $(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv --clear $(LOWEST)
@@ -44,8 +44,8 @@ $(OLDER)/.ready: constraints-transformers4.txt
 	@touch $@
 
 test-full: check $(LOWEST)/.ready $(OLDER)/.ready ## The whole law matrix, then the tests with the lowest supported transformers.
-	$(BIN)/pytest -n 2 -m "not gpu and not engines and not faults"
-	$(LOWEST)/bin/pytest -n 2 -m "not full and not gpu and not engines and not faults"
+	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not engines and not faults"
+	$(LOWEST)/bin/pytest -n 2 --dist worksteal -m "not full and not gpu and not engines and not faults"
 
 .venv-gguf/.ready: PACKAGES := xllamacpp==2026.10.11549
 .venv-mlx/.ready: PACKAGES := 'mlx[cpu]==0.32.4' mlx-lm==0.32.2
@@ -67,7 +67,7 @@ test-engines: $(READY) .venv-gguf/.ready .venv-mlx/.ready .venv-vllm/.ready ## E
 faults: $(READY) ## Break ten commands at 300 moments, kill ranks, fuzz inputs for long: an hour of a core.
 	rm -f benchmarks/faults.jsonl
 	FAULTS_RESULTS=benchmarks/faults.jsonl $(BIN)/pytest -n 2 --dist loadgroup -m faults tests/faults
-	FAULTS_EXAMPLES=500 $(BIN)/pytest -n 2 -m "not faults" tests/faults/test_inputs.py tests/faults/test_properties.py
+	FAULTS_EXAMPLES=500 $(BIN)/pytest -n 2 --dist worksteal -m "not faults" tests/faults/test_inputs.py tests/faults/test_properties.py
 
 bench: $(READY) ## Measure time and memory on this machine, an hour: benchmarks/results/, docs/results/speed.md.
 	$(BIN)/python benchmarks/speed.py
