@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -165,7 +166,7 @@ def _verdict(claim: Claim) -> Cell:
         return Cell("of text alone" if claim.of_text_alone else "not tested")
     of = ""
     if claim.verdict == UNTESTED and part.difference:
-        of = f" ({part.seeds} seeds)".replace("inf", "more than 30")
+        of = f" ({'more than 30' if math.isinf(part.seeds) else part.seeds} seeds)"
     elif part.interval == "means":
         of = ", by means"
     return Cell(f"{VERDICTS[claim.verdict]}{of}", results=part.results)
