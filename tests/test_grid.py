@@ -121,6 +121,7 @@ STUDY = {"model_type": "zebra_study"}
         ({}, {"model": {"model_type": "llama"}}, "model_type is zebra_study"),
         ({}, {"stripes": "GL:8"}, "recipe.stripes is what the cells differ in"),
         ({}, {"train": [1]}, "recipe.train is a table"),
+        ({}, {"evaluate": {"length": 128}}, "measured at the length that it is trained at, here 64; got 128"),
         ({}, {"model": STUDY | {"position_embedding": "alibi"}}, "position_embedding is what the cells"),
         ({}, {"self_extend": "8:64"}, "the cell grouped-2-rotary-w8-64-seed0: recipe: unknown key self_extend"),
         ({}, {"model": STUDY | {"sliding_window": 8, "num_hidden_layers": "four"}}, "got 'four'"),

@@ -12,7 +12,7 @@ import pytest
 
 from zebra import __version__
 from zebra.errors import ZebraError
-from zebra.provenance import git_commit, versions
+from zebra.provenance import git_commit, processor, versions
 from zebra.results import Result, append_results, read_results, to_json, write_results
 
 COLUMNS = {"run": "r", "model": "m", "layout": "GLLL:512", "task": "perplexity-disjoint", "metric": "perplexity"}
@@ -31,7 +31,7 @@ FULL = {
     "low": 1.0,
     "high": 2.0,
     "seed": 3,
-    "device": "cpu, 1 threads",
+    "device": "cpu, 1 thread",
 }
 
 
@@ -54,6 +54,19 @@ def test_a_result_does_not_change_and_is_not_shared() -> None:
     first.versions["torch"] = "changed"
     assert second.versions["torch"] != "changed"
     assert versions()["torch"] != "changed"
+
+
+def test_the_device_of_a_result_names_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from zebra.model.load import device_name
+
+    assert device_name("cpu").startswith(f"{processor()}, {torch.get_num_threads()} thread")
+    monkeypatch.setattr("sys.platform", "a system that does not name it")
+    monkeypatch.setattr("platform.processor", lambda: "")
+    processor.cache_clear()
+    assert processor() == "cpu"
+    processor.cache_clear()
 
 
 def test_versions_name_what_the_result_depends_on() -> None:

@@ -349,6 +349,17 @@ def test_one_text_and_one_task_are_not_their_letters() -> None:
         next(make_instructions([], kinds="lists"))
 
 
+def test_records_have_their_text_in_a_field(tmp_path: Path) -> None:
+    """The same sequences as from text files."""
+    corpora, records = [Path(text).read_text(encoding="utf-8") for text in TEXTS], tmp_path / "texts.jsonl"
+    records.write_text("".join(json.dumps({"story": text}) + "\n" for text in corpora), encoding="utf-8")
+    works = [tmp_path / name for name in ("texts", "records")]
+    for work, text in zip(works, ({"text": TEXTS}, {"text": str(records), "field": "story"}), strict=True):
+        select(STORIES, 4, work=work, order="once", **ARGUMENTS | text)
+    plain, from_records = (json.loads((work / "inputs.json").read_text())["sequences"] for work in works)
+    assert from_records == plain
+
+
 def test_a_model_whose_layers_have_fixed_kinds_is_refused(checkpoints: Any) -> None:
     with pytest.raises(ZebraError, match="each layer keeps its kind"):
         select(checkpoints("gemma3_text"), 1, **ARGUMENTS)
@@ -410,6 +421,8 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
         (("--budget", 2, *COMMON, "--window", "many"), ("got 'L:many'",)),
         (("--budget", 2, *COMMON, "--convert", STORIES), ("same directory",)),
         (("--budget", 2, *COMMON, "--full-decode"), ("--full-decode belongs to the conversion",)),
+        (("--budget", 2, *COMMON, "--field", "body"), ("a field belongs to files of records", "'body'")),
+        (("--budget", 2, *COMMON[:-2], "--task", "passkey", "--field", "body"), ("--field belongs to --text",)),
     ],
 )
 def test_a_refusal_is_one_line(

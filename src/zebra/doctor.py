@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from zebra.kernels import KERNELS, Mask, Request, find, native
-from zebra.provenance import versions
+from zebra.provenance import processor, versions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def machine() -> dict[str, str]:
     facts = dict(versions())
     facts["platform"] = platform.platform()
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    facts["cpu"] = f"{os.cpu_count()} cores, {threads} threads, {capability}"
+    facts["cpu"] = f"{processor()}, {os.cpu_count()} cores, {threads} threads, {capability}"
     facts["native kernel"] = native.instructions()
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)

@@ -1,4 +1,4 @@
-"""Where a result comes from: the versions of libraries and the commit of zebra that produced it."""
+"""Where a result comes from: the processor, the versions of libraries and the commit of zebra that produced it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 _DISTRIBUTIONS = {
@@ -27,6 +28,22 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return installed
+
+
+@functools.cache
+def processor() -> str:
+    """The name of this machine's processor, such as `Apple M2`; `cpu` where the system does not tell it."""
+    name = platform.processor()
+    try:
+        if sys.platform == "linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+            name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), name)
+        elif sys.platform == "darwin":
+            sysctl = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(sysctl, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return " ".join(name.split()) or "cpu"
 
 
 @functools.cache

@@ -55,6 +55,7 @@ def compare(
         float, typer.Option(min=0, help="Time for all measurements; a rerun with more minutes adds to them.")
     ] = 30.0,
     separator: options.Separator = None,
+    field: options.Field = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -72,7 +73,7 @@ def compare(
 
     arguments = options.call_arguments(locals(), "Method", "check_texts", "check_checkpoint", "out", "additional")
     check_checkpoint(checkpoint)
-    check_texts(text, separator=separator)
+    check_texts(text, separator=separator, field=field)
     more = [Method.parse(notation) for notation in additional or ()]
     with show.working():
         from zebra.compare.run import compare as measure_methods

@@ -119,6 +119,7 @@ def select(
         typer.Option(metavar="NAME", help="greedy: measure again after each layer; once: choose after one round."),
     ] = "greedy",
     separator: options.Separator = None,
+    field: options.Field = None,
     bos: options.Bos = None,
     rope: options.RopeNotation = None,
     dtype: options.Dtype = None,
@@ -165,6 +166,7 @@ def _check_what_measures(
     text: Sequence[str] = (),
     tasks: Sequence[str] = (),
     separator: str | None = None,
+    field: str | None = None,
     bos: bool | None = None,
     samples: int = 16,
     **_: Any,
@@ -172,11 +174,12 @@ def _check_what_measures(
     """Check the texts and tasks that layers are chosen by."""
     if not text and not tasks:
         raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
-    if separator is not None and not text:
-        raise ZebraError("--separator splits the text of --text; got none. Add it, or leave both out.")
+    for name, value in {"--separator": separator, "--field": field}.items():
+        if value is not None and not text:
+            raise ZebraError(f"{name} belongs to --text; got none. Add it, or leave {name} out.")
     if bos is not None and tasks:
         raise ZebraError("--bos and --no-bos are for sequences of text, and --task has prompts. Leave them out.")
-    check_texts(text, separator=separator)
+    check_texts(text, separator=separator, field=field)
     if tasks:
         from zebra.data.needles import check_task
 

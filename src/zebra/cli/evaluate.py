@@ -28,9 +28,7 @@ def perplexity(
         typer.Option(min=1, metavar="INT", help="Scored tokens per strided chunk. Default: a quarter of the length."),
     ] = None,
     separator: options.Separator = None,
-    field: Annotated[
-        str | None, typer.Option(help="Field with the text in .jsonl, .json, .csv or .parquet records. Default: text.")
-    ] = None,
+    field: options.Field = None,
     num_proc: Annotated[int, typer.Option(min=1, metavar="INT", help="Tokenizer processes.")] = 1,
     join: Annotated[
         bool, typer.Option("--join", help="Join documents into texts of at least --length tokens.")

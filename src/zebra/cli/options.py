@@ -182,6 +182,9 @@ Beyond = Annotated[bool, typer.Option("--beyond", help="Allow lengths beyond the
 Separator = Annotated[
     str | None, typer.Option(help="String that separates the documents in a text file. Default: one document per file.")
 ]
+Field = Annotated[
+    str | None, typer.Option(help="Field with the text in .jsonl, .json, .csv or .parquet records. Default: text.")
+]
 Bos = Annotated[
     bool | None,
     typer.Option(

@@ -52,6 +52,7 @@ class Settings:
     windows: int = 16
     samples: int = 10
     separator: str | None = None
+    field: str | None = None
     dtype: str | None = None
     device: str | None = None
     trust_remote_code: bool = False
@@ -70,7 +71,8 @@ class ComparisonData:
         self._settings = settings
         target = EvalTarget(settings.checkpoint, purpose=None, **settings.loading)
         self.tokenizer, self.config, self.trained = target.tokenizer, target.config, target.reach
-        text = read_corpus(settings.text, Encoder.of(self.tokenizer), separator=settings.separator)
+        documents = {"separator": settings.separator, "field": settings.field}
+        text = read_corpus(settings.text, Encoder.of(self.tokenizer), **documents)
         self.digest = hashlib.sha256(text.tokens.tobytes() + text.offsets.tobytes()).hexdigest()
         length = settings.length
         self.selection_length = min(_SELECTION_WINDOWS * settings.stripes.window, length, self.trained or length)

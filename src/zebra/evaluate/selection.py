@@ -76,6 +76,7 @@ def select(
     samples: int = 16,
     order: str = "greedy",
     separator: str | None = None,
+    field: str | None = None,
     bos: bool | None = None,
     rope: str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -96,7 +97,7 @@ def select(
         tasks: retrieval tasks, see `zebra.data.questions`; the loss is that of their answers.
         samples: number of sequences; one in four is held out.
         order: greedy or once, see `zebra.evaluate.search`.
-        separator: splits text files into documents, see `zebra.data.documents.read_documents`.
+        separator, field: where files have their documents, see `zebra.data.documents.read_documents`.
         bos: for sequences of text, see `zebra.data.encoding.window_prefix`; with a prefix, tasks end in `-bos`.
         rope, dtype, device: see `zebra.model.load_options.LoadOptions`.
         trust_remote_code: run a tokenizer that is the checkpoint's own Python code.
@@ -119,7 +120,8 @@ def select(
     if isinstance(text, Corpus):
         corpus: Corpus | None = text
     else:
-        corpus = read_corpus(text, Encoder.of(target.tokenizer), separator=separator) if text else None
+        encoder = Encoder.of(target.tokenizer)
+        corpus = read_corpus(text, encoder, separator=separator, field=field) if text else None
     prefix = window_prefix(target.tokenizer, bos)
     if tasks:
         needles = SampleGenerator(target.tokenizer, corpus)

@@ -43,6 +43,7 @@ from zebra.model.rope import Rope, as_rope, changes_with_length, check_fixed_rop
 from zebra.model.self_extend import resolve_self_extend, set_self_extend
 from zebra.model.weights import check_weights, copy_other_files, share_files
 from zebra.positions import SelfExtend
+from zebra.provenance import processor
 from zebra.stripes import Stripes
 
 _log = logging.getLogger(__name__)
@@ -93,10 +94,11 @@ def read_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def device_name(device: torch.device | str) -> str:
-    """The name of a device in results."""
+    """The name of a device in results; a processor's ends in the number of threads that torch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} thread{'s' * (threads != 1)}"
 
 
 _REJECTED = {

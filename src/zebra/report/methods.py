@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -103,8 +102,7 @@ def _cost_table(compared: Methods) -> Table:
         columns.append((Cell(head, unit), partial(_value, metric=metric, size=size)))
         columns.append((Cell("planned", unit), partial(_value, metric=f"{metric}_planned", size=size)))
     lines = [([Cell(compared.names[series])], here) for series, here in compared.by_series.items()]
-    device = re.sub(r"\b1 threads", "1 thread", compared.device)
-    return table(f"Cost of {compared.length:,} tokens, {device}", [Cell("method")], lines, columns)
+    return table(f"Cost of {compared.length:,} tokens, {compared.device}", [Cell("method")], lines, columns)
 
 
 def _counts(compared: Methods) -> str:

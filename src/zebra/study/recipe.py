@@ -42,6 +42,12 @@ class StudyRecipe(RecipeSection):
         for name in ("model", "train", "evaluate"):
             if not isinstance(self.recipe.get(name) or {}, dict):
                 raise ValueError(f"recipe.{name} is a table of keys and values; got {self.recipe[name]!r}")
+        train, evaluate = self.recipe.get("train") or {}, self.recipe.get("evaluate") or {}
+        if (length := evaluate.get("length", train.get("length"))) != train.get("length"):
+            raise ValueError(
+                f"recipe.evaluate.length: each cell is measured at the length that it is trained at, here "
+                f"{train.get('length')}; got {length!r}; leave it out, and give recipe.evaluate.beyond to read farther"
+            )
         model = self.recipe.get("model") or {}
         if (kind := model.get("model_type")) != NAME:
             raise ValueError(f"recipe.model.model_type is {NAME}, whose layers have the kinds of a grid; got {kind!r}")
