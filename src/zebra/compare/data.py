@@ -71,7 +71,7 @@ class ComparisonData:
         self._settings = settings
         target = EvalTarget(settings.checkpoint, purpose=None, **settings.loading)
         self.tokenizer, self.config, self.trained = target.tokenizer, target.config, target.reach
-        documents = {"separator": settings.separator, "field": settings.field}
+        documents: dict[str, Any] = {"separator": settings.separator, "field": settings.field}
         text = read_corpus(settings.text, Encoder.of(self.tokenizer), **documents)
         self.digest = hashlib.sha256(text.tokens.tobytes() + text.offsets.tobytes()).hexdigest()
         length = settings.length
