@@ -103,8 +103,8 @@ def test_a_finished_run_is_not_run_again(
 def test_an_interrupted_run_resumes_to_the_same_weights(
     optimizer: str, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def training_recipe(name: str) -> PretrainRecipe:
-        return recipe(tmp_path / name, few, train__optimizer=optimizer, evaluate=None, data__held_out=None)
+    def training_recipe(name: str, **changes: Any) -> PretrainRecipe:
+        return recipe(tmp_path / name, few, train__optimizer=optimizer, evaluate=None, data__held_out=None, **changes)
 
     whole = pretrain(training_recipe("whole"))
     shown = trainer._ShowProgress.on_log
@@ -119,7 +119,10 @@ def test_an_interrupted_run_resumes_to_the_same_weights(
         with pytest.raises(KeyboardInterrupt):
             pretrain(training_recipe("cut"))
     assert not (tmp_path / "cut" / "model").exists()
-    resumed = pretrain(training_recipe("cut"))
+    resumed = pretrain(training_recipe("cut", train__save_steps=3, train__save_total_limit=3))
+    assert {path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()} == {
+        f"checkpoint-{step}" for step in (2, 3, 6)
+    }
     assert losses(resumed) == losses(whole)
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]

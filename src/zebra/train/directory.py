@@ -33,6 +33,11 @@ COMPLETE = "COMPLETE"
 """The file, written last, that marks a checkpoint as complete."""
 _SEQUENCES = "sequences of a step"
 _SHARES_OF_A_STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+_WITHOUT_EFFECT = {
+    *("run", "data.num_proc", "data.cache_dir"),
+    *(f"train.{name}" for name in ("activation_checkpointing", "save_steps", "save_total_limit")),
+}
+"""Keys that do not change the results."""
 _SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 
 
@@ -232,7 +237,7 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """The keys in which two recipes differ, without those that do not change the results."""
     items = flatten(one.model_dump()).items() ^ flatten(other.model_dump()).items()
     changed = {name for name, _ in items if not name.startswith("parallel.")}
-    return sorted(changed - {"run", "data.num_proc", "data.cache_dir", "train.activation_checkpointing"})
+    return sorted(changed - _WITHOUT_EFFECT)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:

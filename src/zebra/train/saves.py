@@ -101,6 +101,10 @@ class Saves(TrainerCallback):
     def __init__(self, limit: int):
         self.limit, self.rate = limit, 0.0
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Save at the steps of this start's recipe; a resumed state has those of the start that saved it."""
+        state.compute_steps(args, state.max_steps)
+
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Remember the learning rate."""
         self.rate = kwargs["optimizer"].param_groups[0]["lr"]  # at `on_save` the scheduler has already stepped
