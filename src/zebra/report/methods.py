@@ -20,7 +20,7 @@ HOW = (
     "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity is "
     "how far it is above the best method at these positions, on the same tokens. Tasks such as passkey: samples "
     "answered, over all depths. Prefill: the time from an empty cache to the first token. Cache: the keys and values "
-    "after that. Both are also given as multiples of those of `full`, the unchanged checkpoint. Each time is one "
+    "after that. Both are also given as multiples of those of the unchanged checkpoint. Each time is one "
     "timing."
 )
 _COSTS = (
