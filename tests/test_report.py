@@ -23,6 +23,7 @@ from zebra.report.figures import Figure, plot_positions
 from zebra.report.method import method
 from zebra.report.page import Section, Table
 from zebra.report.page import markdown as markdown_of
+from zebra.report.perplexity import positions
 from zebra.report.retrieval import retrieval
 from zebra.report.series import layer_lists, short_layouts
 from zebra.results import Result, read_results
@@ -122,6 +123,21 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("demo")
     page(a_run(), directory)
     return directory
+
+
+def test_many_series_are_rows_with_a_column_for_each_span() -> None:
+    def table_of(results: list[Result]) -> list[list[str]]:
+        (shown,) = [block for block in positions(results).blocks if isinstance(block, Table)]
+        return [[cell.text for cell in row] for row in (shown.head, *shown.body)]
+
+    layouts = ("full", "GL:8", "GL:16", "GLLL:8")
+    few = [one for layout in layouts for one in scores("m", layout, (1.0, 2.0, 3.0, 4.0))]
+    trained = scores("runs/demo/model", "GL:8", (0.5, 1.0, 1.5, 2.0))
+    by_position, by_series = table_of(few), table_of([*few, *trained])
+    assert [row[0] for row in by_series] == ["model", *["m"] * 4, "demo (trained)", "change", "tokens"]
+    assert [row[:5] for row in zip(*by_series[:5], strict=True)][1:] == [tuple(row[:5]) for row in by_position[1:]]
+    assert by_series[5] == ["demo (trained)", "0.50", "1.00", "1.50", "2.00"]
+    assert set(by_series[6][1:]) == {"−50.0\N{NO-BREAK SPACE}%"}
 
 
 def test_the_method_says_what_begins_the_windows() -> None:

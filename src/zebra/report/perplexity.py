@@ -30,6 +30,7 @@ HOW = (
     "compares a trained checkpoint with its source."
 )
 _MANY = 4
+"""Series: more of them are the rows of a table, and the best and worst stand for them in a sentence."""
 
 
 def positions(results: list[Result]) -> Section:
@@ -53,7 +54,10 @@ def convention(task: str) -> str:
 
 
 def _table(results: list[Result]) -> Table:
-    """A column for each series, followed by its change from the source if it is trained; last the scored tokens."""
+    """A column for each series, followed by its change from the source if it is trained; last the scored tokens.
+
+    Many series are rows, with a column for each span of positions.
+    """
     columns = []
     every = split(results, series_of)
     layouts = short_layouts(one.layout for one in every)
@@ -62,9 +66,12 @@ def _table(results: list[Result]) -> Table:
         if (source := source_of(series, every)) is not None:
             columns.append((Cell("change"), partial(_change, before=source, after=series)))
     columns.append((Cell("tokens", "scored"), _tokens_scored))
-    by_span = split(results, span_of)
-    lines = [([name], by_span[span]) for span, name in _span_cells(results).items()]
-    return table(f"{results[0].run}: {_contexts(results[0])}", [Cell("positions")], lines, columns)
+    by_span, names = split(results, span_of), _span_cells(results)
+    title = f"{results[0].run}: {_contexts(results[0])}"
+    if len(every) > _MANY:
+        rows = [[head, *(show(by_span[span]) for span in names)] for head, show in columns]
+        return Table(title, [Cell("model"), *names.values()], rows)
+    return table(title, [Cell("positions")], [([name], by_span[span]) for span, name in names.items()], columns)
 
 
 def _span_cells(results: list[Result]) -> dict[Span, Cell]:
