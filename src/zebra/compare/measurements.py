@@ -12,6 +12,7 @@ All methods measure the same units in the same order, so that differences betwee
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ from zebra.model.cache import StripedCache
 from zebra.model.self_extend import bounded_cache
 
 DECODED = 8
-"""Decoded tokens over which the time of one is averaged."""
+"""Decoded tokens, of whose times the median counts: the first one copies the cache to get room for more."""
 PREFILL_CHUNK = 8192
 """Tokens of a text that are read into the cache at once."""
 _WINDOWS_PER_ROUND = 2
@@ -80,7 +81,7 @@ def schedule(tasks: Sequence[str], depths: Sequence[float], windows: int, sample
 
 
 def measure_cost(model: PreTrainedModel, window: NDArray[np.integer[Any]]) -> Measurement:
-    """Measure the seconds to read a text into the cache, the seconds per decoded token, and the bytes of the cache.
+    """Measure the seconds to read a text into the cache, those of a decoded token, and the bytes of the cache.
 
     Args:
         window: (T,) the text.
@@ -95,13 +96,14 @@ def measure_cost(model: PreTrainedModel, window: NDArray[np.integer[Any]]) -> Me
             logits = model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token = logits.argmax(-1)
         token.item()  # waits for the device
-        read = time.perf_counter()
+        ends = [time.perf_counter()]
         kv_bytes = cache.kv_bytes() if isinstance(cache, StripedCache) else None
         for _ in range(DECODED):
             token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
             token.item()
-        end = time.perf_counter()
-    return {"prefill_seconds": read - start, "decode_seconds": (end - read) / DECODED, "kv_bytes": kv_bytes}
+            ends.append(time.perf_counter())
+    decoding = statistics.median(end - begin for begin, end in itertools.pairwise(ends))
+    return {"prefill_seconds": ends[0] - start, "decode_seconds": decoding, "kv_bytes": kv_bytes}
 
 
 def measure_window(model: PreTrainedModel, window: NDArray[np.integer[Any]], bounds: Sequence[int]) -> Measurement:

@@ -19,9 +19,9 @@ from zebra.results import Result
 HOW = (
     "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity is "
     "how far it is above the best method at these positions, on the same tokens. Tasks such as passkey: samples "
-    "answered, over all depths. Prefill: the time from an empty cache to the first token. Cache: the keys and values "
-    "after that. Both are also given as multiples of those of the unchanged checkpoint. Each time is one "
-    "timing."
+    "answered, over all depths. Prefill: the time from an empty cache to the first token, timed once. Cache: the keys "
+    "and values after that. Both are also given as multiples of those of the unchanged checkpoint. A token: the time "
+    "to decode one, of eight."
 )
 _COSTS = (
     ("prefill", "s", "prefill_seconds", 1.0),
