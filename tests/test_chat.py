@@ -151,7 +151,7 @@ def test_what_a_template_does_not_take_is_refused_with_its_line() -> None:
         LLAMA_2.replace("{% else %}", "{% elif m['role'] == 'system' %}{{ raise_exception('no system') }}{% else %}")
     )
     dialogue = Conversation((Message("system", "x"), *TURNS.messages), "file, line 3")
-    with pytest.raises(ZebraError, match="file, line 3: the chat template of here does not take it: no system"):
+    with pytest.raises(ZebraError, match="file, line 3: the chat template of here cannot be rendered: no system"):
         Chat(strict, None, "here").encode(dialogue)
 
 

@@ -143,7 +143,7 @@ def test_files_of_one_name_in_two_folders_are_both_read(checkpoint: Path, tmp_pa
     [
         ("/nothing\n", "there is no command /nothing"),
         ("/file\n", "/file takes a path"),
-        ("/file none.txt\n", "there is no text at none.txt"),
+        ("/file none.txt\n", "no file matches none.txt"),
         ("/regenerate\n", "no message to answer again"),
         ("/save x.jsonl\n", "after at least one answer"),
         ("word " * 600 + "\n", "this model reads 512"),

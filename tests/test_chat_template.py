@@ -19,17 +19,17 @@ from zebra.generation import encode_prompt
 from zebra.train.chat import Chat
 
 FAILING = {
-    "{% for %}": "does not take it: Expected an expression",
-    "{{ x.y.z }}": "does not take it: 'x' is undefined",
-    "{{ 1 // 0 }}": "does not take it: ZeroDivisionError: integer division or modulo by zero",
-    "{{ messages[0].content + 1 }}": "does not take it: TypeError: can only concatenate str",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "does not take it: RecursionError: ",
-    "{{ 'x' * 10**15 }}": "does not take it: MemoryError. ",
-    "{{ raise_exception('no user') }}": "does not take it: no user. ",
+    "{% for %}": "cannot be rendered: Expected an expression",
+    "{{ x.y.z }}": "cannot be rendered: 'x' is undefined",
+    "{{ 1 // 0 }}": "cannot be rendered: ZeroDivisionError: integer division or modulo by zero",
+    "{{ messages[0].content + 1 }}": "cannot be rendered: TypeError: can only concatenate str",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "cannot be rendered: RecursionError: ",
+    "{{ 'x' * 10**15 }}": "cannot be rendered: MemoryError. ",
+    "{{ raise_exception('no user') }}": "cannot be rendered: no user. ",
     # What the sandbox of transformers forbids.
-    "{{ ''.__class__.__mro__ }}": "does not take it: access to attribute '__class__' of 'str' object is unsafe",
-    "{% set _ = messages.append(1) %}": "does not take it: access to attribute 'append' of 'list' object is unsafe",
-    "{% for i in range(10**9) %}{% endfor %}": "does not take it: OverflowError: Range too big",
+    "{{ ''.__class__.__mro__ }}": "cannot be rendered: access to attribute '__class__' of 'str' object is unsafe",
+    "{% set _ = messages.append(1) %}": "cannot be rendered: access to attribute 'append' of 'list' object is unsafe",
+    "{% for i in range(10**9) %}{% endfor %}": "cannot be rendered: OverflowError: Range too big",
 }
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 LONG_POWER = "{% set n = messages | length + 8 %}{{ (n ** (n ** n)) is none }}"
@@ -70,7 +70,7 @@ def test_a_template_that_does_not_end_is_stopped(
 ) -> None:
     monkeypatch.setattr(chat_template, "_MAX_SECONDS", 0.2)
     handler = signal.getsignal(signal.SIGVTALRM)
-    assert "does not end: it was stopped after 0.2 s. Name another." in message(tokenizer, template)
+    assert "did not finish within 0.2 s and was stopped. Name another." in message(tokenizer, template)
     assert signal.getsignal(signal.SIGVTALRM) == handler
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
     assert render(tokenizer, "{{ messages[0].content }}") == "Who ran?"
@@ -82,15 +82,15 @@ def test_so_it_is_in_another_thread(tokenizer: Any, monkeypatch: pytest.MonkeyPa
     thread = threading.Thread(target=lambda: texts.append(message(tokenizer, ENDLESS)), daemon=True)
     thread.start()
     thread.join(20)
-    assert "does not end" in texts[0]
+    assert "did not finish" in texts[0]
 
 
 def test_every_caller_has_the_bound(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "_MAX_SECONDS", 0.2)
     tokenizer.chat_template = ENDLESS
-    with pytest.raises(ZebraError, match="does not end"):
+    with pytest.raises(ZebraError, match="did not finish"):
         encode_prompt("Who ran?", tokenizer, chat=True)
-    with pytest.raises(ZebraError, match="does not end"):
+    with pytest.raises(ZebraError, match="did not finish"):
         Chat(tokenizer, None, "here")
 
 

@@ -159,13 +159,13 @@ BAD = {
     "layer beyond": (["convert", STORIES, "out", "--stripes", "0,7:9"], ["layer 7", "5 layers"]),
     "same target": (["convert", STORIES, STORIES, "--stripes", "GL:9"], ["same directory"]),
     "verify dense": (["verify", STORIES, "--against", STORIES], ["no stripes"]),
-    "missing text": (["evaluate", "perplexity", STORIES, "nothing.txt", "--length", "64"], ["no text at nothing.txt"]),
+    "missing text": (["evaluate", "perplexity", STORIES, "nothing.txt", "--length", "64"], ["no file matches"]),
     "bad length": (["evaluate", "perplexity", STORIES, TEXT, "--length", "many"], ["--length takes numbers", "'many'"]),
     "short text": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "64", "--convention", "truncated"],
         ["no document has enough tokens"],
     ),
-    "empty text": (["evaluate", "perplexity", STORIES, "empty.txt", "--length", "64"], ["only blanks"]),
+    "empty text": (["evaluate", "perplexity", STORIES, "empty.txt", "--length", "64"], ["only whitespace"]),
     "not UTF-8": (["evaluate", "perplexity", STORIES, "latin.txt", "--length", "64"], ["not UTF-8", "byte 3"]),
     "bad convention": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "64", "--convention", "sliding"],

@@ -277,7 +277,7 @@ def test_the_command_prints_tables_and_the_advice(comparison: FinishedRun, tmp_p
         (("--methods", "nope"), "the methods at this length are"),
         (("--task", "nope"), "the tasks are"),
         (("--windows", 0), "--windows"),
-        (("--length", 10**7), "fewer than one of 10,000,000"),
+        (("--length", 10**7), "at least 10,000,000 tokens"),
     ],
 )
 def test_bad_input_is_one_line(arguments: tuple[object, ...], message: str, tmp_path: Path, zebra: Zebra) -> None:

@@ -278,7 +278,7 @@ def test_a_text_that_changes_while_it_is_tokenised_is_refused(text: Path, tmp_pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BATCH_CHARACTERS", 10)
-        with pytest.raises(ZebraError, match=r"b\.jsonl changed while it was tokenised\. Start again"):
+        with pytest.raises(ZebraError, match=r"b\.jsonl changed while it was tokenised\. Run again"):
             run([text / "a.txt", second], cache, Changing())
     assert list(cache.iterdir()) == []
 
@@ -356,7 +356,7 @@ def test_the_default_cache_is_the_users(text: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_text_that_becomes_no_token(text: Path, tmp_path: Path) -> None:
-    with pytest.raises(ZebraError, match="makes no token"):
+    with pytest.raises(ZebraError, match="produces no tokens"):
         run(text / "b.txt", tmp_path / "c", lambda batch: [[] for _ in batch])
 
 
@@ -393,7 +393,7 @@ def test_neighbours_are_joined_whole(lengths: list[int], length: int, expected: 
 
 @pytest.mark.parametrize("lengths", [[4], [2, 2], [0, 0]])
 def test_less_text_than_one_is_refused(lengths: list[int]) -> None:
-    with pytest.raises(ZebraError, match=f"all documents joined have {sum(lengths)} tokens, fewer than one of 5"):
+    with pytest.raises(ZebraError, match=f"at least 5 tokens; all documents together have {sum(lengths)}"):
         corpus_of(*lengths).joined(5)
 
 
@@ -443,7 +443,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_that_names_the_remedy(
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(ZebraError, match=r"no home folder, and so no token cache\. .* XDG_CACHE_HOME"):
+    with pytest.raises(ZebraError, match=r"requires a home folder, and this user has none\. .*XDG_CACHE_HOME"):
         read_corpus([str(text / "b.txt")], Encoder(Characters(), "characters"))
 
 

@@ -261,8 +261,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no first checkpoint": (["model=null"], "stage before: it begins with a checkpoint, and no stage before it writes"),
     "a missing checkpoint": (["model=nowhere"], "no checkpoint at nowhere"),
     "the pipeline's key": (["stages.tune.model=x"], "stage tune: the pipeline sets model of a stage"),
-    "missing text": (["stages.adapt.data.files=[nothing.txt]"], r"stage adapt: there is no text at nothing\.txt"),
-    "missing conversations": (["stages.tune.data.files=[nothing.jsonl]"], "stage tune: there is no text at nothing"),
+    "missing text": (["stages.adapt.data.files=[nothing.txt]"], r"stage adapt: no file matches nothing\.txt"),
+    "missing conversations": (["stages.tune.data.files=[nothing.jsonl]"], "stage tune: no file matches nothing"),
     "bad conversations": (["stages.tune.data.files=[bad.jsonl]"], r"stage tune: bad\.jsonl has 1 bad record: line 1"),
     "no template": (
         ["stages.tune.chat_template=null"],

@@ -71,14 +71,14 @@ def rendering(source: str, remedy: str, where: str | None = None) -> Iterator[No
             yield
     except TimeoutError:
         raise ZebraError(
-            f"{subject} chat template of {source} does not end: it was stopped after {_MAX_SECONDS:g} s. {remedy}"
+            f"{subject} chat template of {source} did not finish within {_MAX_SECONDS:g} s and was stopped. {remedy}"
         ) from None
     except Exception as error:  # a template may raise anything
         text = first_line(error).rstrip(" .")
         name, of_jinja = type(error).__name__, type(error).__module__.startswith("jinja2")
         if not (isinstance(error, ValueError) or of_jinja or text.startswith(name)):
             text = f"{name}: {text}"
-        raise ZebraError(f"{subject} chat template of {source} does not take it: {text}. {remedy}") from None
+        raise ZebraError(f"{subject} chat template of {source} cannot be rendered: {text}. {remedy}") from None
 
 
 @contextmanager

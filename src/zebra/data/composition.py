@@ -21,8 +21,8 @@ def mixture_tables(mixture: Mixture) -> Group:
     """Three tables: what each source has, what is drawn from it, and the share of the tokens by document length."""
     sequences, selection = mixture.sequences, mixture.drawn
     title = f"{len(sequences):,} sequences of {sequences.length:,}, {sequences.tokens:,} tokens"
-    available = _table("the text", "source", "length", "documents", "tokens", "duplicates", "held out")
-    drawn = _table(title, "source", "drawn", "asked", "share", "epochs")
+    available = _table("documents by source", "source", "length", "documents", "tokens", "duplicates", "held out")
+    drawn = _table(title, "source", "drawn", "requested", "share", "epochs")
     splits = [stats.split for stats in mixture.stats]
     for split, tokens, share in mixture.stats:
         source, counts = split.source, (len(split.train), split.tokens, split.duplicates, len(split.held_out))
@@ -40,7 +40,7 @@ def mixture_tables(mixture: Mixture) -> Group:
         np.histogram(lengths, bins=edges, weights=tokens)[0] / tokens.sum()
         for lengths, tokens in ((in_text, in_text), (whole, selection.lengths))
     ]
-    by_length = _table("tokens by document", "length", "in the text", "drawn")
+    by_length = _table("tokens by document length", "length", "available", "drawn")
     for (low, high), *both in zip(itertools.pairwise(edges), *shares_by_length, strict=True):
         by_length.add_row(f"{low:,} to {high:,}", *(f"{share:.1%}" for share in both))
     return Group(available, drawn, by_length)
@@ -94,7 +94,7 @@ def kind_stats(kinds: Sequence[str], lengths: NDArray[np.int64], answers: NDArra
 def kind_table(stats: Sequence[KindStats]) -> Table:
     """The statistics as a table: shares of the samples and of the tokens, and the share of the tokens in answers."""
     samples, tokens, answers = (sum(column) for column in list(zip(*stats, strict=True))[3:])
-    title = f"{samples:,} conversations, {tokens:,} tokens, {answers:,} of them answers"
+    title = f"{samples:,} conversations, {tokens:,} tokens, {answers:,} of them in answers"
     table = _table(title, "kind", "length", "samples", "tokens", "answers")
     for one in stats:
         table.add_row(

@@ -145,7 +145,7 @@ def read_conversations(patterns: Names) -> list[Conversation]:
         conversations += parse_records(
             file,
             lambda record: conversations_of(record.fields, record.where),
-            "Name the fields as in docs/tuning.md, and correct or drop these records.",
+            "Name the fields as in docs/tuning.md, and fix or remove these records.",
         )
     if not conversations:
         raise ZebraError(f"there is no conversation in {', '.join(map(str, files))}. Give files with at least one.")
@@ -161,12 +161,12 @@ def conversations_of(fields: dict[str, Any], where: str) -> Iterator[Conversatio
     """
     kind = fields.get("kind")
     if kind is not None and (not isinstance(kind, str) or not kind.strip()):
-        raise RecordError(f"has {kind!r} as its kind, which is a word")
+        raise RecordError(f"has the kind {kind!r}, which is not a non-empty string")
     tools = tuple(_objects(fields.get("tools"), "tools"))
     for document, messages in _messages_of(fields):
         roles = [message.role for message in messages]
         if roles[-1] != "assistant" or "user" not in roles:
-            raise RecordError(f"needs a user, and the assistant at the end; its roles are {', '.join(roles)}")
+            raise RecordError(f"must have a user message and end with the assistant; its roles are {', '.join(roles)}")
         yield Conversation(tuple(messages), where, kind, document, tools)
 
 
@@ -191,7 +191,7 @@ def _messages_of(fields: dict[str, Any]) -> Iterator[tuple[str | None, list[Mess
             yield from _document_messages(fields)
         case _:
             raise RecordError(
-                f"has {', '.join(fields) or 'no fields'}, and none of the known sets of fields: messages; "
+                f"has {', '.join(fields) or 'no fields'}, but none of the supported sets of fields: messages; "
                 "conversations; document and qa; prompt and completion; instruction and output; document and question"
             )
 
@@ -210,7 +210,7 @@ def _message_list(fields: dict[str, Any], name: str, role: str | None = None) ->
     if role is not None and not isinstance(value, list):
         return [Message(role, string_field(fields, name))]
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise RecordError(f"has {name} that is not a list of messages with role and content")
+        raise RecordError(f"has a field {name!r} that is not a non-empty list of messages with role and content")
     return [_message(message) for message in value]
 
 
@@ -219,7 +219,7 @@ def _message(fields: dict[str, Any]) -> Message:
     name = fields.get("role", fields.get("from"))
     role = _SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
-        raise RecordError(f"has the role {role!r}, which is none of {', '.join(ROLES)}")
+        raise RecordError(f"has the role {role!r}, which is not one of {', '.join(ROLES)}")
     content = "value" if "value" in fields and "content" not in fields else "content"
     value = fields.get(content)
     if name == "function_call":
@@ -237,7 +237,7 @@ def _part(part: Any) -> str:
     """The text of one part of a content."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     if kind != "text":
-        raise RecordError(f"has a content with a part of the type {kind}: a model of text reads parts of text alone")
+        raise RecordError(f"has a content part of type {kind}; only parts of type text are supported")
     return string_field(part, "text")
 
 
@@ -247,10 +247,10 @@ def _tool_calls(value: Any, field: str) -> tuple[dict[str, Any], ...]:
     for call in _objects(value, field):
         function = call.get("function", call)
         if not isinstance(function, dict):
-            raise RecordError(f"has {field} without a function's name and arguments")
-        arguments = _parsed(function.get("arguments") or {}, "arguments of a tool call")
+            raise RecordError(f"has a field {field!r} whose function is not an object with name and arguments")
+        arguments = _parsed(function.get("arguments") or {}, "arguments")
         if not isinstance(arguments, dict):
-            raise RecordError(f"has arguments of a tool call that are no object: {arguments!r}")
+            raise RecordError(f"has a tool call whose arguments are not an object: {arguments!r}")
         by_name = {"name": string_field(function, "name"), "arguments": arguments}
         calls.append({"type": "function", "function": by_name} | ({"id": call["id"]} if call.get("id") else {}))
     return tuple(calls)
@@ -261,7 +261,7 @@ def _objects(value: Any, field: str) -> list[dict[str, Any]]:
     value = _parsed(value or [], field)
     objects = [value] if isinstance(value, dict) else value
     if not isinstance(objects, list) or not all(isinstance(one, dict) for one in objects):
-        raise RecordError(f"has {field} that is not a list of objects")
+        raise RecordError(f"has a field {field!r} that is not a list of objects")
     return objects
 
 
@@ -269,4 +269,4 @@ def _parsed(value: Any, field: str) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"has {field} that is not JSON: {error}") from None
+        raise RecordError(f"has a field {field!r} that is not JSON: {error}") from None

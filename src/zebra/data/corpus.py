@@ -29,7 +29,7 @@ from zebra.progress import bar, console
 
 _BATCH_CHARACTERS = 1 << 20
 _COPY_BYTES = 1 << 24
-_REMEDY = "Name a folder with room that can be written: XDG_CACHE_HOME, or data.cache_dir in a recipe."
+_REMEDY = "Set XDG_CACHE_HOME, or data.cache_dir in a recipe, to a writable folder with free space."
 _VERSION = 4
 
 
@@ -76,8 +76,8 @@ class Corpus:
         total = int(self.offsets[-1])
         if not ends:
             raise ZebraError(
-                f"all documents joined have {total:,} tokens, fewer than one of {length:,}. "
-                "Give more text or a smaller length."
+                f"joined documents must have at least {length:,} tokens; all documents together have {total:,}. "
+                "Give more text, or use a smaller length."
             )
         ends[-1] = total
         return Corpus(self.tokens, np.array([0, *ends], dtype=np.int64))
@@ -130,7 +130,7 @@ def _cache_folder(cache: str | os.PathLike[str] | None) -> Path:
     try:
         return Path(cache or user_cache_dir("tokens"))
     except RuntimeError:
-        raise ZebraError(f"this user has no home folder, and so no token cache. {_REMEDY}") from None
+        raise ZebraError(f"the token cache requires a home folder, and this user has none. {_REMEDY}") from None
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _unchanged(files: Sequence[Path], digests: Sequence[str]) -> Iterator[None]:
         for file, digest in zip(files, digests, strict=True):
             if not file.exists() or file_digest(file) != digest:
                 raise ZebraError(
-                    f"{file} changed while it was tokenised. Start again when nothing writes it."
+                    f"{file} changed while it was tokenised. Run again when no other program writes to it."
                 ) from None
 
     try:
@@ -157,7 +157,7 @@ def _open_whole(entry: Path) -> Corpus | None:
     try:
         return _open(entry)
     except (EOFError, OSError):
-        message = f"the cache entry {entry} is damaged or of another version; tokenising again."
+        message = f"the cache entry {entry} is damaged or has another format version; tokenising again."
         console.print(message, soft_wrap=True)
         shutil.rmtree(entry, ignore_errors=True)
         return None
@@ -176,7 +176,7 @@ def _open(entry: Path) -> Corpus:
     except ValueError as error:
         raise EOFError(f"it is damaged: {error}") from None
     if version != _VERSION or len(corpus.tokens) != corpus.offsets[-1] or len(corpus) != len(corpus.hashes):
-        raise EOFError(f"it is of version {version}, or cut")
+        raise EOFError(f"it has format version {version}, or is incomplete")
     return corpus
 
 
@@ -194,7 +194,7 @@ def _write_entry(directory: Path, documents: Iterator[Document], encoder: Encode
             total += len(batch.tokens)
             advance(note=f"{total:,} tokens, {total / (time.perf_counter() - start):,.0f} tokens/s")
     if not total:
-        raise ZebraError(f"the tokenizer makes no token of the {len(lengths):,} documents. Give other text.")
+        raise ZebraError(f"the tokenizer produces no tokens from the {len(lengths):,} documents. Use other text.")
     dtype = np.uint16 if largest < 1 << 16 else np.uint32
     # Written, not memory-mapped: on a full disk a write fails, but a store to mapped memory kills the process.
     with (directory / "tokens.raw").open("rb") as raw, (directory / "tokens.npy").open("wb") as narrow:

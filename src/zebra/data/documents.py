@@ -42,7 +42,7 @@ def names_of(names: Names) -> list[str]:
     """
     several = [names] if isinstance(names, str | os.PathLike) else names
     if not isinstance(several, Iterable) or not all(isinstance(one, str | os.PathLike) for one in several):
-        raise ZebraError(f"a path or a name is a string, and several are a list of strings; got {names!r}. Give those.")
+        raise ZebraError(f"a name must be a string, a path or a list of these; got {names!r}. Pass one of them.")
     return [os.fspath(one) for one in several]
 
 
@@ -58,7 +58,7 @@ def find_files(patterns: Names) -> list[Path]:
     for pattern in names_of(patterns):
         top = os.path.abspath(os.path.expanduser(pattern).partition("**")[0])
         if top == os.path.abspath(os.sep) and ("**" in pattern or os.path.isdir(pattern)):
-            raise ZebraError(f"{pattern} names the whole file system. Name a folder in it.")
+            raise ZebraError(f"{pattern} matches the whole file system. Name a folder in it.")
         matches = sorted(_bounded(glob.iglob(os.path.expanduser(pattern), recursive=True), pattern)) or [pattern]
         files = [
             file
@@ -67,7 +67,7 @@ def find_files(patterns: Names) -> list[Path]:
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(match).parts)
         ]
         if not files:
-            raise ZebraError(f"there is no text at {pattern}. Give files, folders or globs that exist.")
+            raise ZebraError(f"no file matches {pattern}. Give files, folders or globs that exist.")
         paths |= dict.fromkeys(files)
     return list(paths)
 
@@ -75,7 +75,7 @@ def find_files(patterns: Names) -> list[Path]:
 def _bounded(matches: Iterator[T], pattern: str) -> list[T]:
     few = list(itertools.islice(matches, _MOST_FILES + 1))
     if len(few) > _MOST_FILES:
-        raise ZebraError(f"{pattern} names more than {_MOST_FILES:,} files and folders. Name a folder with fewer.")
+        raise ZebraError(f"{pattern} matches more than {_MOST_FILES:,} files and folders. Name a folder with fewer.")
     return few
 
 
@@ -92,16 +92,16 @@ def check_formats(files: Sequence[Path], separator: str | None, field: str | Non
         ZebraError: an empty separator, a separator without a text file, or a field without a file of records.
     """
     if separator == "":
-        raise ZebraError("a separator has at least one character; got an empty one. Leave it out.")
+        raise ZebraError("the separator must have at least one character; got an empty one. Leave it out.")
     if separator and not _texts(files):
         raise ZebraError(
-            f"a separator splits text, but {_listed(files)} holds records, a document each; got the separator "
-            f"{separator!r}. Leave it out, and name the field that has the text."
+            f"a separator applies only to text files; got the separator {separator!r} for {_listed(files)}, where each "
+            "record is one document. Leave it out, and name the field that has the text."
         )
     if field is not None and len(_texts(files)) == len(files):
         raise ZebraError(
-            f"a field belongs to files of records, which end in {RECORD_FILES}; got the field {field!r} for "
-            f"{_listed(files)}. Leave it out, or name such files."
+            f"a field applies only to files of records, which end in {RECORD_FILES}; got the field {field!r} for "
+            f"{_listed(files)}. Leave it out, or use such files."
         )
 
 
@@ -138,7 +138,7 @@ def read_documents(files: Sequence[Path], separator: str | None = None, field: s
     if empty:
         raise _no_text(files)
     if converted:
-        message = f"line ends of {_listed(converted)} are not \\n, and are read as \\n."
+        message = f"line endings in {_listed(converted)} are read as \\n."
         console.print(message, soft_wrap=True)
 
 
@@ -166,7 +166,7 @@ def _pdf_text(file: Path) -> str:
     except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ZebraError(f"{file} cannot be read as a PDF: {first_line(error)}. Save it as text.") from None
     if not text:
-        raise ZebraError(f"{file} has no text, its pages may be pictures. Recognise it first, or give text.")
+        raise ZebraError(f"{file} has no text; its pages may be images. Run OCR on it first, or use a text file.")
     return text
 
 
@@ -175,8 +175,8 @@ def _check_options(files: Sequence[Path], separator: str | None, field: str | No
     texts = _texts(files)
     if separator and not any(with_line_feeds(separator) in with_line_feeds(_read_text(file)) for file in texts):
         raise ZebraError(
-            f"the separator {separator!r} occurs nowhere in {_listed(texts)}. Correct it, or leave it out: a file is "
-            "then one document."
+            f"the separator {separator!r} does not occur in {_listed(texts)}. Correct it, or leave it out to read each "
+            "file as one document."
         )
 
 
@@ -202,13 +202,13 @@ def _documents(file: Path, separator: str | None, field: str | None, converted: 
 def _read_text(file: Path) -> str:
     raw = file.read_bytes()
     if raw.startswith(b"%PDF-"):  # a PDF may be valid UTF-8
-        raise ZebraError(f"{file} is a PDF and no text. Extract its text first, for example with pdftotext.")
+        raise ZebraError(f"{file} is a PDF, not text. Extract its text first, for example with pdftotext.")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ZebraError(
-            f"{file} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}. Convert it to UTF-8, or unpack "
-            "it."
+            f"{file} is not UTF-8 text: byte {error.start} is {raw[error.start]:#04x}. Convert it to UTF-8, or "
+            "decompress it."
         ) from None
     if "\0" in text:  # UTF-16 without a BOM, or binary data
         raise ZebraError(f"{file} is not UTF-8 text: character {text.index(chr(0))} is NUL. Convert it to UTF-8.")
@@ -221,7 +221,7 @@ def _listed(files: Sequence[Path]) -> str:
 
 
 def _no_text(files: Sequence[Path]) -> ZebraError:
-    return ZebraError(f"there is no text in {_listed(files)}: only blanks. Give files with text.")
+    return ZebraError(f"there is no text in {_listed(files)}, only whitespace. Give files with text.")
 
 
 def _read_fields(file: Path, field: str, converted: list[Path]) -> Iterator[Document]:

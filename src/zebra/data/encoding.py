@@ -138,7 +138,7 @@ def window_prefix(tokenizer: TextEncoding, bos: bool | None = None) -> tuple[int
         return prefix
     token: int | None = getattr(tokenizer, "bos_token_id", None)
     if token is None:
-        raise ZebraError("this tokenizer has no BOS token (bos_token). Leave bos out (--no-bos).")
+        raise ZebraError("bos requires a tokenizer with a BOS token; this one has none. Leave bos out (--no-bos).")
     return (token,)
 
 
@@ -174,8 +174,8 @@ def windows_of(text: NDArray[np.integer[Any]], length: int, prefix: tuple[int, .
     """
     if length <= len(prefix):
         raise ZebraError(
-            f"a window has at least {len(prefix) + 1} tokens, {len(prefix)} of them its beginning; got {length}. "
-            "Take a longer one."
+            f"a window must have at least {len(prefix) + 1} tokens, {len(prefix)} of them its prefix; got {length}. "
+            "Use a longer one."
         )
     start = 0
     while start < len(text):
@@ -256,7 +256,7 @@ def encode_batches(batches: Iterable[list[str]], encoder: Encoder, num_proc: int
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
-            raise ZebraError("a worker that tokenises was killed, perhaps for its memory. Lower num_proc.") from None
+            raise ZebraError("a tokenising worker was killed, perhaps for lack of memory. Lower num_proc.") from None
         finally:
             for future in pending:
                 future.cancel()

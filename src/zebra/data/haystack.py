@@ -115,7 +115,7 @@ class PromptTokenizer:
             sizes = Counter(len(candidate.ids) for candidate in candidates if candidate is not None)
             if not sizes:
                 raise ZebraError(
-                    f"this tokenizer cannot write {kind} such as {generate(rng)!r}. Leave the tasks that need them out."
+                    f"this tokenizer cannot encode {kind} such as {generate(rng)!r}. Leave out the tasks that use them."
                 )
             self._usual_sizes[kind] = sizes.most_common(1)[0][0]
         return self._usual_sizes[kind]
@@ -185,8 +185,8 @@ class Haystack:
         last = len(self.tokens) - after
         if last < before:
             raise ZebraError(
-                f"the haystack has {len(self.tokens):,} tokens, and {before + after:,} are needed. "
-                "Give more text, or take a shorter length."
+                f"the haystack must have at least {before + after:,} tokens; got {len(self.tokens):,}. "
+                "Give more text, or use a shorter length."
             )
         low, high = bisect_left(self.starts, before), bisect_right(self.starts, last)
         middle = int(self.starts[rng.randrange(low, high)]) if low < high else rng.randint(before, last)
