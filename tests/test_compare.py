@@ -275,7 +275,7 @@ def test_the_command_prints_tables_and_the_advice(comparison: FinishedRun, tmp_p
     [
         (("--with", "colour=red"), "a method is OPTION=VALUE"),
         (("--methods", "nope"), "the methods at this length are"),
-        (("--task", "nope"), "the tasks are"),
+        (("--task", "nope"), "the task must be one of"),
         (("--windows", 0), "--windows"),
         (("--length", 10**7), "at least 10,000,000 tokens"),
     ],

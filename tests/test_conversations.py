@@ -197,7 +197,7 @@ def test_an_empty_set_and_another_kind_of_file_are_refused(tmp_path: Path) -> No
     with pytest.raises(ZebraError, match=r"no conversation in .*empty\.jsonl"):
         read_conversations([str(tmp_path / "empty.jsonl")])
     (tmp_path / "text.txt").write_text("Who ran?")
-    with pytest.raises(ZebraError, match=r"a file of records ends in \.jsonl, "):
+    with pytest.raises(ZebraError, match=r"a file of records must end in \.jsonl, "):
         read_conversations([str(tmp_path / "text.txt")])
 
 

@@ -282,10 +282,10 @@ def test_values_of_tables_are_text_as_they_stand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
-        ("r.csv", "text,n\na,1\nb\n", r"r\.csv, row 2 has 1 values for the 2 columns of the first row"),
+        ("r.csv", "text,n\na,1\nb\n", r"r\.csv, row 2 has 1 values, but the header has 2 columns"),
         ("r.csv", 'text\na\n"b\n', r"r\.csv is not a complete CSV file: unexpected end of data"),
         ("r.tsv", 'text\n"a" b\n', r"r\.tsv is not a complete TSV file: "),
-        ("r.csv", "text,text\na,b\n", r"r\.csv has two columns of one name: text, text\. Rename one"),
+        ("r.csv", "text,text\na,b\n", r"r\.csv has two columns with the same name: text, text\. Rename one"),
         ("r.csv", "id;text\n1;a\n", r"row 1 has no field 'text': its fields are id;text"),
         ("r.json", '[{"text": "a"}, {"text": 5}]', r"row 2 has int instead of a string in the field 'text'"),
         ("r.json", '[{"text": "a"}, "b"]', r"row 2 is a JSON str, not an object"),

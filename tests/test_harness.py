@@ -269,7 +269,7 @@ def test_the_surroundings_come_back(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tasks": ["zebra-needles"], "lengths": [300]}, "our tasks are zebra-passkey, .*got 'zebra-needles'"),
     ({"tasks": ["zebra-needle"]}, "zebra-needle makes texts of a length. Give --length"),
-    ({"tasks": ["zebra-needle"], "lengths": [40]}, "needle needs a length of at least"),
+    ({"tasks": ["zebra-needle"], "lengths": [40]}, "needle requires a length of at least"),
     ({"tasks": ["tiny_ends"], "lengths": [300]}, "none of tiny_ends takes a length"),
     ({"tasks": ["zebra-passkey"], "lengths": [510], "limit": 1}, "1 of 1 of zebra-passkey.*--cut.*--beyond"),
     ({"tasks": ["tiny_ends"], "cut": True, "beyond": True}, "got both"),

@@ -134,9 +134,9 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(record))
         with pytest.raises(ZebraError, match=match):
             read_annotated([str(path)])
-    with pytest.raises(ZebraError, match="the kinds are qa, summary, writing; got poem"):
+    with pytest.raises(ZebraError, match="the kinds must be among qa, summary, writing; got poem"):
         instructions(kinds=("poem",))
-    with pytest.raises(ZebraError, match="a depth lies from 0 to 1; got 2"):
+    with pytest.raises(ZebraError, match="depths must be from 0 to 1; got 2"):
         instructions(depths=(2.0,))
     with pytest.raises(ZebraError, match="at least one word"):
         instructions(words=0)

@@ -123,15 +123,15 @@ def test_what_is_held_out_is_never_in_a_sequence(deduplicate: bool, join: bool) 
         (
             Source("s", corpus_of(4, 7), min_tokens=8),
             {},
-            r"s has no document .* 2 documents of 4 to 7 tokens 0 lie in \[8, ∞\)",
+            r"s has no document .* 2 documents of 4 to 7 tokens, 0 lie in \[8, ∞\)",
         ),
         (Source("s", corpus_of(0, 0)), {}, "no document to train on: of 2 documents of 0 to 0 tokens"),
         (
             Source("s", corpus_of(5, texts="a")),
             {"held_out": 1 - 1e-12},
-            "0 of them are duplicates and 1 held out. Widen",
+            "0 of them are duplicates and 1 are held out. Widen",
         ),
-        (Source("s", drawn(1, 3)), {"held_out": 1e-9}, "a share of 1e-09 holds out none of 3 documents. Hold out more"),
+        (Source("s", drawn(1, 3)), {"held_out": 1e-9}, "held_out 1e-09 holds out none of 3 documents. Raise it"),
     ],
 )
 def test_nothing_left_is_refused(source: Source, options: dict[str, Any], message: str) -> None:

@@ -209,7 +209,7 @@ def test_the_same_seed_gives_the_same_samples(needles: SampleGenerator, tokenize
 
 def test_the_least_length_is_enough_at_every_depth(needles: SampleGenerator) -> None:
     for task in TASKS:
-        with pytest.raises(ZebraError, match=f"^{task} needs a length of at least") as refused:
+        with pytest.raises(ZebraError, match=f"^{task} requires a length of at least") as refused:
             needles.samples(task, length=3, depth=0.5)
         least = int(re.findall(r"at least ([\d,]+)", str(refused.value))[0].replace(",", ""))
         for length, depth in product((least + 4, least + 5), (0, 0.3, 0.9, 1)):
@@ -291,7 +291,7 @@ def test_a_window_begins_a_sentence_where_it_should() -> None:
         assert before == 40 or tokens[before] in (1, 4, 6)
     without = Haystack(np.arange(10), np.array([0, 10]))
     assert without.window(Random(0), 4, 4)[1] == [4]
-    with pytest.raises(ZebraError, match="the haystack has 10 tokens, and 11 are needed"):
+    with pytest.raises(ZebraError, match="the haystack must have at least 11 tokens; got 10"):
         without.window(Random(0), 5, 6)
 
 
@@ -331,19 +331,19 @@ def test_a_tokenizer_that_cannot_write_numbers_is_refused(monkeypatch: pytest.Mo
     writer = PromptTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
     monkeypatch.setitem(GENERATORS, "numbers", lambda rng: rng.choice(["12345", "54321", "99999"]))
     assert {one.text for one in SampleContext(writer, Random(0)).draw("numbers", 2)} == {"12345", "54321"}
-    with pytest.raises(ZebraError, match=r"3 different numbers of 1 tokens are needed, but this tokenizer writes 2"):
+    with pytest.raises(ZebraError, match=r"requires 3 different numbers of 1 tokens, but this tokenizer has only 2"):
         SampleContext(writer, Random(0)).draw("numbers", 3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says_"),
     [
-        ({"task": "pass-key"}, "the tasks are passkey, needle, .*frequent-words; got 'pass-key'"),
-        ({"depth": 1.1}, "a depth is a share of the text from 0 to 1; got 1.1"),
+        ({"task": "pass-key"}, "the task must be one of passkey, needle, .*frequent-words; got 'pass-key'"),
+        ({"depth": 1.1}, "the depth must be from 0 to 1; got 1.1"),
         ({"depth": -0.1}, "got -0.1"),
         ({"depth": float("nan")}, "got nan"),
         ({"depth": None}, "got None"),
-        ({"count": 0}, "1 to 100,000 samples"),
+        ({"count": 0}, "samples must be from 1 to 100,000; got 0"),
     ],
 )
 def test_bad_input_is_refused(arguments: dict[str, Any], says_: str) -> None:

@@ -181,7 +181,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "batch": ({"train__per_device_train_batch_size": 500}, "fewer than the 500 of one step"),
     "row": ({"train__length": 200_000}, "fewer than one sequence of 200,000"),
     "first": ({"data__recall": {"share": 0.5, "first": 20}}, "recall.first is 20, and a document .* at least"),
-    "question": ({"evaluate__length": 40, "evaluate__recall": 1}, "with one question has .* got a length of 40"),
+    "question": ({"evaluate__length": 40, "evaluate__recall": 1}, "with one question requires .* got 40"),
     "stripes": ({"stripes": "GL:0"}, "window"),
     "group": ({"stripes": "GLL:32"}, "groups of 3 layers, and the model has 2"),
     "window": ({"stripes": "GL:300"}, "window of 300 tokens is beyond train.length, 256"),

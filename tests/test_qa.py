@@ -62,7 +62,7 @@ BAD = {
     "has no field 'answers': its fields are document, question": '{"document": "d", "question": "q"}',
     "has NoneType instead of a string in": '{"document": "d", "question": "q", "answers": ["a", null]}',
     "has a qa that is not a list of": '{"document": "d", "qa": ["q"]}',
-    "has an empty list of questions": '{"document": "d", "qa": []}',
+    "has an empty list 'qa'": '{"document": "d", "qa": []}',
     "has half a surrogate pair at character 0 of": '{"document": "d", "question": "\\ud800", "answers": ["a"]}',
 }
 
@@ -83,7 +83,7 @@ def test_all_bad_lines_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("no.jsonl", "no file at"), ("a.txt", "a file of records ends in .jsonl"), ("e.jsonl", "no q")]
+    ("name", "why"), [("no.jsonl", "no file at"), ("a.txt", "records must end in .jsonl"), ("e.jsonl", "no q")]
 )
 def test_a_file_that_is_none_is_refused(name: str, why: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("{}")

@@ -109,7 +109,7 @@ def test_a_sequence_is_filled_by_documents_apart(recall: RecallGenerator) -> Non
 
 
 def test_a_document_too_short_for_a_question_is_refused(recall: RecallGenerator) -> None:
-    with pytest.raises(ZebraError, match=r"with one question has 79 tokens .*; got a length of 78"):
+    with pytest.raises(ZebraError, match=r"with one question requires a length of 79 tokens .*; got 78"):
         recall.lookups(78, Random(0))
     assert len(recall.lookups(79, Random(0))[0]) == 79
 

@@ -226,11 +226,11 @@ def test_rows_have_length_and_depth_in_columns(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"tasks": ["passkey", "haystack"]}, "the tasks are passkey, .* got 'haystack'"),
+    ({"tasks": ["passkey", "haystack"]}, "the task must be one of passkey, .* got 'haystack'"),
     ({"tasks": []}, "at least one task"),
-    ({"lengths": [40]}, "passkey needs a length of at least"),
-    ({"depths": [0, 2]}, "a depth is a share of the text from 0 to 1; got 2"),
-    ({"samples": 0}, "1 to 100,000 samples"),
+    ({"lengths": [40]}, "passkey requires a length of at least"),
+    ({"depths": [0, 2]}, "the depth must be from 0 to 1; got 2"),
+    ({"samples": 0}, "samples must be from 1 to 100,000; got 0"),
     ({"score": "recall"}, "the scores are generate and likelihood; got 'recall'"),
     ({"lengths": [600]}, "600 tokens passes the 512 positions .*--beyond"),
     ({"lengths": [1400], "self_extend": "4:256"}, "1,400 tokens passes the 1,280 positions .* Self-Extend 4:256"),

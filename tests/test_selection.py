@@ -308,14 +308,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"budget": "cache:1GiB"}, "leaves no choice"),
     ({"order": "best"}, "the orders are greedy and once; got 'best'"),
     ({"text": []}, r"got neither\. Give text= or tasks="),
-    ({"text": [], "tasks": ["haystack"]}, "the tasks are passkey"),
+    ({"text": [], "tasks": ["haystack"]}, "the task must be one of passkey"),
     ({"text": ["nowhere.txt"]}, r"nowhere\.txt"),
     ({"samples": 3}, "at least 4 samples"),
     ({"samples": 10**6}, r"sequences of 160 tokens in its documents, fewer than 1,000,000"),
     ({"window": 160}, "nothing is beyond a window of 160"),
     ({"window": 0}, "a whole number of at least 1"),
     ({"length": 600}, "600 tokens passes the 512 positions"),
-    ({"text": [], "tasks": ["passkey"], "length": 40}, "passkey needs a length of at least"),
+    ({"text": [], "tasks": ["passkey"], "length": 40}, "passkey requires a length of at least"),
     ({"device": "moon"}, "no device 'moon'"),
     ({"dtype": "int4"}, "a dtype is one of"),
 ]
@@ -345,7 +345,7 @@ def test_one_text_and_one_task_are_not_their_letters() -> None:
     with pytest.raises(ZebraError, match=r"the methods at this length are .* got window"):
         choose_methods(standard_methods(512, 160, "GL:32"), "window")
     assert Decoding(stop="##").stop == ("##",)
-    with pytest.raises(ZebraError, match=r"the kinds are .* got lists"):
+    with pytest.raises(ZebraError, match=r"the kinds must be among .* got lists"):
         next(make_instructions([], kinds="lists"))
 
 

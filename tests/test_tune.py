@@ -323,7 +323,7 @@ def test_a_mixture_of_whole_conversations_ends_nearest_to_its_shares(data: Path)
     assert [len(rows[i]["input_ids"]) for i in range(len(rows))] == [60, 60]
     assert all(len(tokens[i].input_ids) == 60 for i in range(5))
     splits = split_sources([Source(name, tokens.corpus, 0.5) for name in ("a", "b")], deduplicate=False)
-    with pytest.raises(ZebraError, match="do not hold one whole document of each of 2 sources"):
+    with pytest.raises(ZebraError, match="cannot hold one whole document of each of 2 sources"):
         mix(splits, 1, 100, join=False, seed=0, whole=True)
 
 

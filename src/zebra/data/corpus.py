@@ -157,7 +157,7 @@ def _open_whole(entry: Path) -> Corpus | None:
     try:
         return _open(entry)
     except (EOFError, OSError):
-        message = f"the cache entry {entry} is damaged or has another format version; tokenising again."
+        message = f"the cache entry {entry} is damaged or of another version; tokenising again."
         console.print(message, soft_wrap=True)
         shutil.rmtree(entry, ignore_errors=True)
         return None

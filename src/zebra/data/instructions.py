@@ -49,7 +49,7 @@ def read_annotated(patterns: Names, *, separator: str | None = None) -> list[Ann
     Raises:
         ZebraError: as `read_documents` and `parse_records`; no document at all.
     """
-    expected = "A record has a document, and may have qa or question and answer, and summary."
+    expected = "A record must have document or text; qa, question with answer, and summary are optional."
     files = find_files(patterns)
     check_formats(files, separator, None)
     by_file: dict[Path, list[AnnotatedDocument]] = {
@@ -70,7 +70,7 @@ def _annotated(record: Record) -> Iterator[AnnotatedDocument]:
     questions = questions_of(fields) if "qa" in fields or {"question", "answer"} <= fields.keys() else []
     pairs = tuple((question.strip(), "".join(answers[:1]).strip()) for question, answers in questions)
     if not all(question and answer for question, answer in pairs):
-        raise RecordError("has a question or an answer without words")
+        raise RecordError("has an empty question or answer")
     summary = _stripped(fields, "summary") if fields.get("summary") is not None else None
     yield AnnotatedDocument(text, record.where, pairs, summary)
 
@@ -104,11 +104,11 @@ def make_instructions(
     """
     kinds = names_of(kinds)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ZebraError(f"the kinds are {', '.join(KINDS)}; got {', '.join(unknown)}. Choose among them.")
+        raise ZebraError(f"the kinds must be among {', '.join(KINDS)}; got {', '.join(unknown)}. Choose from these.")
     if not depths or not all(0 <= depth <= 1 for depth in depths):
-        raise ZebraError(f"a depth lies from 0 to 1; got {', '.join(map(str, depths))}. Write for example 0,0.5,1.")
+        raise ZebraError(f"depths must be from 0 to 1; got {', '.join(map(str, depths))}. Write for example 0,0.5,1.")
     if words is not None and words < 1:
-        raise ZebraError(f"a prompt has at least one word of documents; got {words}. Raise it or leave it out.")
+        raise ZebraError(f"words must be at least 1; got {words}. Raise it or leave it out.")
     rng, turns, sizes = Random(seed), itertools.cycle(depths), [len(one.text.split()) for one in documents]
     order = sorted(range(len(documents)), key=sizes.__getitem__)
     ascending, ranks = [sizes[i] for i in order], {i: rank for rank, i in enumerate(order)}

@@ -130,13 +130,13 @@ def split_sources(sources: Sequence[Source], *, deduplicate: bool, held_out: flo
         if not tokens[split.train].any():
             raise ZebraError(
                 f"the source {source.name} has no document to train on: of {len(tokens):,} documents of "
-                f"{tokens.min():,} to {tokens.max():,} tokens {len(i):,} lie in {source.bucket}, "
-                f"{split.duplicates:,} of them are duplicates and {len(split.held_out):,} held out. "
-                "Widen the bucket, or hold out less."
+                f"{tokens.min():,} to {tokens.max():,} tokens, {len(i):,} lie in {source.bucket}; "
+                f"{split.duplicates:,} of them are duplicates and {len(split.held_out):,} are held out. "
+                "Widen the range from min_tokens to max_tokens, or lower held_out."
             )
         splits.append(split)
     if held_out and not any(len(split.held_out) for split in splits):
-        raise ZebraError(f"a share of {held_out:g} holds out none of {len(hashes):,} documents. Hold out more.")
+        raise ZebraError(f"held_out {held_out:g} holds out none of {len(hashes):,} documents. Raise it.")
     return splits
 
 
@@ -167,8 +167,8 @@ def mix(
             return Mixture(sequences, drawn, _stats(splits, drawn, sequences))
         if whole and tokens <= 1:
             raise ZebraError(
-                f"{count:,} sequences of {length:,} tokens do not hold one whole document of each of {len(splits)} "
-                "sources. Take more sequences or longer ones."
+                f"{count:,} sequences of {length:,} tokens cannot hold one whole document of each of {len(splits)} "
+                "sources. Use more or longer sequences."
             )
         # Documents that are kept apart leave padding, so fewer tokens fill the sequences.
         tokens = max(1 if whole else length, tokens * count // len(sequences))

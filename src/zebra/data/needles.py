@@ -94,8 +94,8 @@ class SampleGenerator:
         min_tokens = max(self._min_tokens(parts) for _, parts in draws)
         if length < min_tokens:
             raise ZebraError(
-                f"{task} needs a length of at least {min_tokens:,} tokens under this tokenizer; got {length:,}. "
-                "Take a longer one."
+                f"{task} requires a length of at least {min_tokens:,} tokens with this tokenizer; got {length:,}. "
+                "Raise it."
             )
         return draws
 
@@ -164,11 +164,11 @@ def check_task(task: str, depth: float | None, count: int) -> float | None:
         ZebraError: no such task, a depth outside 0 to 1, no samples or too many.
     """
     if task not in TASKS:
-        raise ZebraError(f"the tasks are {', '.join(TASKS)}; got {task!r}. Choose among them.")
+        raise ZebraError(f"the task must be one of {', '.join(TASKS)}; got {task!r}. Choose one of these.")
     if not 1 <= count <= _MOST_SAMPLES:
-        raise ZebraError(f"1 to {_MOST_SAMPLES:,} samples are measured; got {count:,}. Ask for another number.")
+        raise ZebraError(f"the number of samples must be from 1 to {_MOST_SAMPLES:,}; got {count:,}. Change it.")
     if task in WITHOUT_DEPTH:
         return None
     if depth is None or not 0 <= depth <= 1:
-        raise ZebraError(f"a depth is a share of the text from 0 to 1; got {depth}. Write for example 0.5.")
+        raise ZebraError(f"the depth must be from 0 to 1; got {depth}. Write for example 0.5.")
     return float(depth)

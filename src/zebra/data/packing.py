@@ -110,7 +110,7 @@ def pack_whole(documents: Documents, length: int) -> PackedSequences:
     longest = int(documents.lengths.max())
     if longest > length:
         raise ZebraError(
-            f"a document has {longest:,} tokens, more than a sequence of {length:,}. Cut it or take longer sequences."
+            f"a document has {longest:,} tokens, more than a sequence of {length:,}. Cut it or use longer sequences."
         )
     return PackedSequences(documents, length, *_best_fit(documents.lengths, length), apart=True)
 

@@ -26,11 +26,11 @@ ANSWER_IN_QUESTION = "answer in the question"
 EVIDENCE_CUT = "evidence cut"
 DOCUMENT_NOT_NEEDED = "document not needed"
 FAULTS = {
-    EMPTY_ANSWER: "a reference answer without a word, or none at all",
+    EMPTY_ANSWER: "a reference answer without words, or no reference answer",
     DUPLICATE_ANSWER: "a reference answer that occurs twice",
-    DUPLICATE_QUESTION: "a question that was asked about the same document before",
+    DUPLICATE_QUESTION: "an earlier question about the same document has the same words",
     ANSWER_IN_QUESTION: "every word of a reference answer is in the question",
-    EVIDENCE_CUT: "of each reference answer, the part that was cut has words of the document that the rest has not",
+    EVIDENCE_CUT: "each reference answer has words that the document lost when it was shortened",
     DOCUMENT_NOT_NEEDED: "the reference answers are as likely without the document",
 }
 """What may be wrong with an example. The last two depend on the length and on the model."""
@@ -89,8 +89,8 @@ def read_examples(file: Path) -> list[QAExample]:
     examples = parse_records(
         file,
         _examples,
-        'A record is {"document": TEXT, "question": TEXT, "answers": [TEXT, ...]}, or has a list of such questions '
-        "in qa.",
+        'A record must be {"document": TEXT, "question": TEXT, "answers": [TEXT, ...]}, or have a list of such '
+        "questions in qa.",
     )
     if not examples:
         raise ZebraError(f"{file} has no questions. Give a file with document, question and answers.")
@@ -104,7 +104,7 @@ def _examples(record: Record) -> Iterator[QAExample]:
         raise RecordError("has an empty document")
     questions = questions_of(record.fields)
     if not questions:
-        raise RecordError("has an empty list of questions, qa")
+        raise RecordError("has an empty list 'qa'")
     name = str(record.fields.get("id", record.place))
     for i, (question, answers) in enumerate(questions):
         yield QAExample(f"{name}#{i}" if "qa" in record.fields else name, record.number, document, question, answers)

@@ -68,8 +68,8 @@ class SampleContext:
                 drawn.append(candidate)
             elif (misses := misses + 1) > _MAX_MISSES:
                 raise ZebraError(
-                    f"{count:,} different {kind} of {size} tokens are needed, but this tokenizer "
-                    f"writes {len(drawn):,}. Take a shorter length or another task."
+                    f"the task requires {count:,} different {kind} of {size} tokens, but this tokenizer "
+                    f"has only {len(drawn):,}. Use a shorter length or another task."
                 )
         return drawn
 

@@ -172,8 +172,8 @@ class RecallGenerator:
         ids, _, questions = self._task("lookup", size, SampleContext(self._tokenizer, rng))
         if len(ids) > size:
             raise ZebraError(
-                f"a document of recall with one question has {len(ids):,} tokens under this tokenizer; got a length of "
-                f"{size:,}. Take a longer one."
+                f"a recall document with one question requires a length of {len(ids):,} tokens with this tokenizer; "
+                f"got {size:,}. Raise it."
             )
         answers, start = [], size - sum(question.tokens for question in questions)
         n = len(questions[0].answer) - questions[0].stop_tokens  # of each value

@@ -116,7 +116,7 @@ def read_records(file: Path, column: str | None = None) -> Iterator[Record]:
         raise ZebraError(f"there is no file at {file}. Give a file of records.")
     suffix = record_suffix(file)
     if suffix is None:
-        raise ZebraError(f"a file of records ends in {RECORD_FILES}; got {file}. Rename or convert it.")
+        raise ZebraError(f"a file of records must end in {RECORD_FILES}; got {file}. Rename or convert it.")
     with file.open("rb") as raw:
         if suffix == ".parquet":
             yield from _parquet_rows(file, raw, column)
@@ -199,12 +199,12 @@ def _table(file: Path, lines: Iterable[bytes], delimiter: str) -> Iterator[tuple
     try:
         names = [name.removeprefix("\ufeff") for name in next(rows, [])]
         if len(set(names)) < len(names):
-            raise ZebraError(f"{file} has two columns of one name: {', '.join(names)}. Rename one.")
+            raise ZebraError(f"{file} has two columns with the same name: {', '.join(names)}. Rename one.")
         for number, row in enumerate(rows, start=1):
             if len(row) not in (0, len(names)):
                 raise ZebraError(
-                    f"{file}, row {number} has {len(row)} values for the {len(names)} columns of the first row. "
-                    "Correct it: a value with commas, quotes or line breaks stands in quotes."
+                    f"{file}, row {number} has {len(row)} values, but the header has {len(names)} columns. "
+                    "Fix the row: put values with commas, quotes or line breaks in quotes."
                 )
             if row:
                 yield number, dict(zip(names, row, strict=True))
@@ -243,7 +243,7 @@ def _zstd_chunks(file: Path, raw: BinaryIO) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise _damaged(file, "zstandard", error) from None
     if frame is not None and not frame.eof:
-        raise _damaged(file, "zstandard", "it ends before its last frame does")
+        raise _damaged(file, "zstandard", "its last frame is incomplete")
 
 
 def _import_extra(module: str, file: Path) -> Any:
