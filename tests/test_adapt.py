@@ -124,7 +124,7 @@ def test_a_run_directory_belongs_to_one_recipe(adapt_run: FinishedRun, tmp_path:
     with pytest.raises(ZebraError, match=r"another recipe: train\.learning_rate, train\.max_steps differ"):
         adapt(adapt_recipe(run, train__learning_rate=2e-3, train__max_steps=24))
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(ZebraError, match="is no run of zebra"):
+    with pytest.raises(ZebraError, match="is not a run of zebra"):
         adapt(adapt_recipe(tmp_path))
 
 

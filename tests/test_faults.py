@@ -49,7 +49,7 @@ def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(adapt_run: 
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"zebra: {tmp_path / 'run'} cannot be written, is the disk full?")
+    assert last.startswith(f"zebra: {tmp_path / 'run'} cannot be written; is the disk full?")
     assert not (tmp_path / "run" / "model").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob(f"*/{COMPLETE}"))
     assert losses(adapt(training_recipe)) == losses(adapt_run.results)
@@ -227,7 +227,7 @@ def test_sigterm_saves_a_checkpoint_and_ends_with_143(
     done = zebra("adapt", file)
     assert done.returncode == 143
     last = done.stderr.splitlines()[-1]
-    assert last == "zebra: terminated at step 3 of 6, which is saved; the same command goes on from there."
+    assert last == "zebra: terminated at step 3 of 6, which is saved; run the same command again to continue."
     assert is_intact(run / "checkpoints" / "checkpoint-3")
     assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.undo()
@@ -260,7 +260,7 @@ def test_a_history_that_is_gone_is_refused_with_the_remedy(adapt_run: FinishedRu
     run = copy_of(adapt_run, tmp_path / "run")
     (run / "results.jsonl").write_text("")
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ZebraError, match=r"trainer_state\.json is gone or damaged.*Remove .*model"):
+    with pytest.raises(ZebraError, match=r"trainer_state\.json is missing or damaged.*Remove .*model"):
         adapt(adapt_recipe(run))
     shutil.rmtree(run / "model")
     assert losses(adapt(adapt_recipe(run))) == losses(adapt_run.results)

@@ -240,10 +240,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parallel", "processes", "message"),
     [
-        ({"sequence": 2}, 1, "sequence 2 takes a multiple of 2 processes, and 1 was started.*--nproc-per-node 2"),
-        ({"sequence": 2}, 3, "sequence 2 takes a multiple of 2 processes, and 3 were started"),
-        ({"sequence": 2, "data": 3}, 4, "sequence 2 x parallel.data 3 takes 6 processes, and 4 were started"),
-        ({"shard": 2}, 1, "parallel.shard 2 takes a multiple of 2 processes, and 1 was started"),
+        ({"sequence": 2}, 1, "sequence 2 requires a multiple of 2 processes; 1 was started.*--nproc-per-node 2"),
+        ({"sequence": 2}, 3, "sequence 2 requires a multiple of 2 processes; 3 were started"),
+        ({"sequence": 2, "data": 3}, 4, "sequence 2 x parallel.data 3 requires 6 processes; 4 were started"),
+        ({"shard": 2}, 1, "parallel.shard 2 requires a multiple of 2 processes; 1 was started"),
         ({"shard": 4, "sequence": 2}, 12, "shard 4 x parallel.sequence 2 takes a multiple of 8 .*nproc-per-node 8"),
     ],
 )
@@ -298,7 +298,7 @@ def test_a_dry_run_counts_the_processes_of_the_recipe(tmp_path: Path, monkeypatc
         assert sharded.memory[part] == -(-whole.memory[part] // 4)
     assert sharded.memory["activations"] == shared.memory["activations"]
     assert whole.memory["weights"] / 4 < sharded.memory["weights gathered"] < whole.memory["weights"]
-    assert "x 2 groups of 2 processes, which split sequences; 4 of them split" in sharded.facts["a step"]
+    assert "x 2 groups of 2 processes, which share sequences; weights sharded over 4" in sharded.facts["a step"]
     copies = dry_run(adapt_recipe(tmp_path, parallel={"data": 3, "shard": 2})).facts["training"].split()
     alone = whole.facts["training"].split()
     assert int(copies[2].replace(",", "")) == 6 * int(alone[2].replace(",", ""))

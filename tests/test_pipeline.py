@@ -298,7 +298,7 @@ def test_bad_input_is_one_line_before_any_stage(case: str, data: Path, tmp_path:
 
 def test_a_stage_for_several_processes_is_refused_before_any_stage(data: Path, tmp_path: Path) -> None:
     stages = read_pipeline(recipe(data, tmp_path, "adapt"), ["stages.adapt.parallel.shard=2"])
-    with pytest.raises(ZebraError, match=r"stage adapt: parallel\.shard 2 takes a multiple of 2 processes, and 1 was"):
+    with pytest.raises(ZebraError, match=r"stage adapt: parallel\.shard 2 requires a multiple of 2 processes; 1 was"):
         plan(stages)
 
 

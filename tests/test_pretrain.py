@@ -167,14 +167,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"llama has no field hiden_size; did you mean hidden_size\?",
     ),
     "family": ({"model": {"model_type": "bert"}}, "bert"),
-    "sizes": ({"model": {"model_type": "llama", **TINY, "num_attention_heads": 5}}, "describe no llama"),
+    "sizes": ({"model": {"model_type": "llama", **TINY, "num_attention_heads": 5}}, "not a valid llama"),
     "positions": (
         {"model": {"model_type": "llama", **TINY, "max_position_embeddings": 64}},
-        "max_position_embeddings is 64, fewer than train.length, 256",
+        "max_position_embeddings must be at least train.length, 256; got 64",
     ),
     "vocabulary": (
         {"model": {"model_type": "llama", **TINY, "vocab_size": 500}},
-        "vocab_size is 500, and the tokenizer has 400 tokens",
+        "vocab_size must be that of the tokenizer, 400; got 500",
     ),
     "tokenizer": ({"tokenizer": "nowhere/at/all"}, "tokenizer of nowhere/at/all cannot be read"),
     "merges": ({"tokenizer": {"vocab_size": 50_000}}, "the text gives .* tokens, and tokenizer.vocab_size asks for"),
@@ -183,11 +183,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "first": ({"data__recall": {"share": 0.5, "first": 20}}, "recall.first is 20, and a document .* at least"),
     "question": ({"evaluate__length": 40, "evaluate__recall": 1}, "with one question requires .* got 40"),
     "stripes": ({"stripes": "GL:0"}, "window"),
-    "group": ({"stripes": "GLL:32"}, "groups of 3 layers, and the model has 2"),
-    "window": ({"stripes": "GL:300"}, "window of 300 tokens is beyond train.length, 256"),
+    "group": ({"stripes": "GLL:32"}, "groups of 3 layers, but the model has only 2"),
+    "window": ({"stripes": "GL:300"}, "window of 300 tokens is longer than train.length, 256"),
     "kinds twice": (
         {"model": {"model_type": "zebra_study", **TINY, "attention_kinds": ["global"] * 2}, "stripes": "GL:32"},
-        "attention_kinds and stripes both name",
+        "attention_kinds and stripes cannot both be set",
     ),
     "heads": (
         {"model": {"model_type": "zebra_study", **TINY, "num_key_value_heads": 3}},

@@ -302,9 +302,9 @@ def test_bad_input_is_one_line_before_any_training(data: Path, tmp_path: Path) -
     refused(r"line 2 is not JSON", f"{good}\n{{")
     refused("the data have 1 sequences of 256 tokens, fewer than the 2 of one step", good)
     refused(r"no conversation in .*bad\.jsonl", "")
-    refused("has no chat template. Name one", good, chat_template=None)
+    refused("has no chat template. Set chat_template", good, chat_template=None)
     long = json.dumps({"prompt": "a dog " * 300, "completion": "y"})
-    refused(r"bad\.jsonl, line 2 is too long: [\d,]+ tokens, where train.length is 256", f"{good}\n{long}")
+    refused(r"bad\.jsonl, line 2 is too long: it has [\d,]+ tokens, train.length is 256", f"{good}\n{long}")
     bad.write_text(long)
     refused(r"no conversation left to train on.* 1 too long", data={"files": [str(bad)], "too_long": "drop"})
 

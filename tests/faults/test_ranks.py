@@ -90,5 +90,5 @@ def test_a_scheduler_ends_all(tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = ended_by(signal.SIGTERM, None, run)
     assert ended.code
-    assert "which is saved; the same command goes on from there" in ended.stderr
+    assert "which is saved; run the same command again to continue" in ended.stderr
     resumes(run, tmp_path)

@@ -22,7 +22,7 @@ from zebra.data.conversations import GAP, Conversation, Message, TokenizedConver
 from zebra.data.encoding import token_spans
 from zebra.errors import ZebraError
 
-_REMEDY = "Correct or drop the conversation, or name another template with chat_template."
+_REMEDY = "Fix or remove the conversation, or set chat_template to another template."
 _MARK = r"\{%-?\s*(?:end)?generation\s*-?%\}"
 
 NAMED = {name: Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8") for name in ("plain", "chatml")}
@@ -48,8 +48,8 @@ class Chat:
         template = template.get("default") if isinstance(template, dict) else template
         if named is None and not template:
             raise ZebraError(
-                f"the tokenizer of {source} has no chat template. Name one with chat_template: "
-                f"{', '.join(NAMED)}, or the path of a .jinja file."
+                f"the tokenizer of {source} has no chat template. Set chat_template to "
+                f"{', '.join(NAMED)} or the path of a .jinja file."
             )
         if named is not None:
             template = _named(named, tokenizer, source)
@@ -83,15 +83,15 @@ class Chat:
             text = self._render(conversation, chat_template=self._template, tokenize=False)
             if absent := sorted(name for name in names if name not in text):
                 raise ZebraError(
-                    f"{where}: the chat template of {self._source} writes nothing of the tools {', '.join(absent)}. "
-                    "Name one that knows tools with chat_template, or drop the conversation."
+                    f"{where}: the chat template of {self._source} does not render the tools {', '.join(absent)}. "
+                    "Set chat_template to one that supports tools, or remove the conversation."
                 )
         spans = sum(answer for answer, _ in itertools.groupby(tokens.assistant_mask))
         answers = sum(message.role == "assistant" for message in conversation.messages)
         if spans != answers:
             raise ZebraError(
-                f"{where}: the chat template of {self._source} sets {spans} of {answers} answers apart. "
-                "Name another with chat_template, or drop the conversation."
+                f"{where}: the chat template of {self._source} marks {spans} separate answers instead of {answers}. "
+                "Set chat_template to another template, or remove the conversation."
             )
         return tokens
 
@@ -104,9 +104,9 @@ class Chat:
         if (shortened := self.shortened(conversation, length)) is not None:
             return shortened
         tokens = len(self.encode(conversation).input_ids)
-        why = "has no document that may be cut" if conversation.document is None else "is so without its document too"
+        why = "has no document to cut" if conversation.document is None else "does not fit without its document either"
         raise ZebraError(
-            f"{conversation.where} is too long: {tokens:,} tokens, where train.length is {length:,}, and it {why}. "
+            f"{conversation.where} is too long: it has {tokens:,} tokens, train.length is {length:,}, and it {why}. "
             "Raise train.length, shorten it, or set data.too_long to drop."
         )
 
@@ -136,8 +136,8 @@ class Chat:
                 if through[: len(prompt)] != prompt or ids[: len(through)] != through:
                     raise ZebraError(
                         f"{conversation.where}: the chat template of {self._source} has no {{% generation %}} marks, "
-                        "and writes a prompt otherwise once it is answered, so that answers cannot be told apart. Name "
-                        "another with chat_template, or give a .jinja file with the marks."
+                        "and renders a prompt differently once it is answered, so answers cannot be located. Set "
+                        "chat_template to another template, or to a .jinja file with the marks."
                     )
                 answers[len(prompt) : len(through)] = [True] * (len(through) - len(prompt))
         return TokenizedConversation(ids, answers)
@@ -164,7 +164,7 @@ def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     if named not in NAMED:
         if not named.endswith((".jinja", ".j2")) or not Path(named).is_file():
             raise ZebraError(
-                f"chat_template is {', '.join(NAMED)} or the path of a .jinja file; got {named!r}. Choose one of them."
+                f"chat_template must be {', '.join(NAMED)} or the path of a .jinja file; got {named!r}. Change it."
             )
         try:
             return Path(named).read_text(encoding="utf-8")
@@ -174,8 +174,8 @@ def _named(named: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     absent = [token for token in needs if token not in tokenizer.get_vocab()]
     if absent or (named == "plain" and tokenizer.eos_token is None):
         raise ZebraError(
-            f"the chat template {named} needs {' and '.join(absent) or 'an end-of-text token'}, which the tokenizer of "
-            f"{source} does not have. Name another."
+            f"the chat template {named} requires {' and '.join(absent) or 'an end-of-text token'}, which the tokenizer "
+            f"of {source} does not have. Use another template."
         )
     return NAMED[named]
 

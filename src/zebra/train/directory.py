@@ -112,8 +112,8 @@ def reopen(run: Path) -> None:
         steps = _first_recipe(run)["train"]["max_steps"]
         if not (run / "checkpoints" / f"checkpoint-{steps}" / COMPLETE).exists():
             raise ZebraError(
-                f"{run} is trained, and its checkpoint of step {steps} is gone: a longer training has nothing to go on "
-                f"from. Start another run with {model} as its model."
+                f"more steps of {run} require its checkpoint of step {steps}, which is missing. "
+                f"Start another run with {model} as its model."
             )
     for name in ("results.jsonl", "report.html", "model.json"):
         (run / name).unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def check_export(run: Path) -> None:
     if changed:
         raise ZebraError(
             f"{run / 'model'} is not what this run wrote: {', '.join(changed)} changed since. Remove that folder and "
-            "results.jsonl to have it written again, or move it elsewhere."
+            "results.jsonl to write it again, or move it elsewhere."
         )
 
 
@@ -173,8 +173,8 @@ def writing(run: Path) -> Iterator[None]:
         if not is_full and not in_save and "I/O error" not in str(error):
             raise
         raise ZebraError(
-            f"{run} cannot be written, is the disk full? ({first_line(error)}) Free some space; "
-            "the same command goes on from the last whole checkpoint."
+            f"{run} cannot be written; is the disk full? ({first_line(error)}) Free some space and run the same "
+            "command again: it continues from the last complete checkpoint."
         ) from None
 
 
@@ -194,7 +194,7 @@ def check_recipe(run: Path, recipe: Recipe, *, may_be_longer: bool = False) -> N
         try:
             first = type(recipe).model_validate(_first_recipe(run))
         except (yaml.YAMLError, ValueError):
-            raise ZebraError(f"{file} is damaged: it is no recipe. Name another run, or remove {run}.") from None
+            raise ZebraError(f"{file} is damaged: it is not a recipe. Name another run, or remove {run}.") from None
         different = differing_keys(recipe, first)
         if _sequences_recorded(run) == sequences_per_step(recipe):  # the same steps, by other processes
             different = [name for name in different if name not in _SHARES_OF_A_STEP]
@@ -206,7 +206,7 @@ def check_recipe(run: Path, recipe: Recipe, *, may_be_longer: bool = False) -> N
                 "Name another run, or remove the directory."
             )
     elif not is_vacant(run):
-        raise ZebraError(f"{run} exists and is no run of zebra: it has no recipe.yaml. Name another run.")
+        raise ZebraError(f"{run} exists but is not a run of zebra: it has no recipe.yaml. Name another run.")
 
 
 def _sequences_recorded(run: Path) -> int | None:
@@ -221,14 +221,14 @@ def _check_longer(run: Path, recipe: Recipe) -> None:
     schedule, data = recipe.train.lr_scheduler_type, getattr(recipe, "data", None)
     drawn = [f"data.{name}" for name in ("sources", "recall") if getattr(data, name, None) is not None]
     if schedule not in _SCHEDULES_WITHOUT_END:
-        reason = f"the learning rate of train.lr_scheduler_type {schedule} falls until the last step"
+        reason = f"with train.lr_scheduler_type {schedule} the learning rate depends on the number of steps"
     elif drawn:
-        reason = f"{' and '.join(drawn)} are drawn for all steps of a training"
+        reason = f"{' and '.join(drawn)} are drawn for a fixed number of steps"
     else:
         return
     model = run / "model"
     raise ZebraError(
-        f"{run} holds a run of fewer steps, and with more train.max_steps it is another training: {reason}. "
+        f"{run} holds a run of fewer steps, whose train.max_steps cannot be raised: {reason}. "
         f"Name another run{f', with {model} as its model' if model.exists() else ''}."
     )
 

@@ -52,7 +52,7 @@ def dry_run(recipe: _Known) -> DryRun:
     facts = _facts(recipe, config, memory)
     if recipe.train.activation_checkpointing == "auto":
         facts["activation checkpointing"] = "on" if resolved.train.activation_checkpointing else "off"
-        facts["activation checkpointing"] += ", by the memory of this machine"
+        facts["activation checkpointing"] += ", chosen by the memory of this machine"
     return DryRun(facts, memory.by_part)
 
 
@@ -63,8 +63,8 @@ def _config(recipe: _Known) -> PreTrainedConfig:
         return adapted_config(recipe, read_config(recipe.model))
     if recipe.shape is None:
         raise ZebraError(
-            f"there is no checkpoint at {recipe.model}, and the recipe names no built-in shape to estimate by. "
-            "Download the checkpoint, or add a shape."
+            f"an estimate requires a checkpoint or a built-in shape; there is no checkpoint at {recipe.model}, and "
+            "shape is not set. Download the checkpoint, or set shape."
         )
     return adapted_config(recipe, AutoConfig.for_model(**shape(recipe.shape)))
 
@@ -76,8 +76,8 @@ def _facts(recipe: _Known, config: PreTrainedConfig, memory: StepMemory) -> dict
     local = local_attention_for(recipe)
     pairs = attention_pairs(config, train.length, local.sinks)
     step, sharing = tokens_per_step(recipe), recipe.parallel.sequence
-    groups = "processes" if sharing == 1 else f"groups of {sharing} processes, which split sequences"
-    groups += f"; {weight_shards(recipe)} of them split the weights" * (recipe.parallel.shard > 1)
+    groups = "processes" if sharing == 1 else f"groups of {sharing} processes, which share sequences"
+    groups += f"; weights sharded over {weight_shards(recipe)} processes" * (recipe.parallel.shard > 1)
     names = {GLOBAL: "global", LOCAL: "local"} | {kind: kind for kind in sorted({*kinds} - {GLOBAL, LOCAL})}
     *counts, last = [f"{kinds.count(kind)} {name}" for kind, name in names.items()]
     positions = {"positions": getattr(config, "position_embedding", "rotary")}
@@ -101,5 +101,5 @@ def _text(recipe: _Known) -> str:
     try:
         files = find_files([pattern for source in recipe.data.by_source for pattern in source.files])
     except ZebraError as error:
-        return f"not here: {error}"
+        return f"not available: {error}"
     return f"{len(files):,} files, {sum(file.stat().st_size for file in files):,} bytes"

@@ -91,7 +91,7 @@ def _texts(file: Path) -> Iterable[str]:
     def longest(record: Record) -> list[str]:
         return [max((value for value in record.fields.values() if isinstance(value, str)), key=len, default="")]
 
-    return parse_records(file, longest, "A record is a JSON object.")
+    return parse_records(file, longest, "A record must be a JSON object.")
 
 
 def conversation_hash(one: Conversation) -> int:

@@ -68,7 +68,7 @@ def read_instructions(recipe: TuneRecipe, chat: Chat, load: Callable[[], PreTrai
         fitting = {name: [*_fitting(conversations, recipe, chat)] for name, conversations in by_suite.items()}
         if empty := [name for name, conversations in fitting.items() if not conversations]:
             raise ZebraError(
-                f"all conversations of the suite {empty[0]} are too long. Raise train.length, or give others."
+                f"all conversations of the suite {empty[0]} are too long. Raise train.length, or use others."
             )
         measured = {name: [tokens for tokens, _, _ in some] for name, some in fitting.items()}
         hashes = {name: [conversation_hash(one) for _, _, one in some] for name, some in fitting.items()}
@@ -100,8 +100,8 @@ def _tokenize(
     counts["too long"] += len(conversations) - len(ids)
     if not ids:
         raise ZebraError(
-            f"the source {name} has no conversation left to train on: of those that pass the gate all "
-            f"{len(conversations):,} are too long. Give others, or raise train.length; faults: "
+            f"the source {name} has no conversation left to train on: all {len(conversations):,} that pass the quality "
+            f"checks are too long. Use others, or raise train.length; faults: "
             f"{_listed(counts) or 'none'}."
         )
     offsets = np.concatenate([[0], np.cumsum([*map(len, ids)])]).astype(np.int64)

@@ -85,8 +85,8 @@ def check_targets(model: PreTrainedModel, lora: Lora) -> None:
     absent = sorted(set(lora.target_modules) - linear)
     if absent:
         raise ZebraError(
-            f"lora.target_modules names {', '.join(absent)}, which this model does not have or ties to its embeddings; "
-            f"its own linear modules are {', '.join(sorted(linear))}. Name some of those."
+            f"lora.target_modules must name linear modules of the model that are not tied to its embeddings; got "
+            f"{', '.join(absent)}. Choose from {', '.join(sorted(linear))}."
         )
 
 

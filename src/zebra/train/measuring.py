@@ -96,6 +96,6 @@ def trainer_state(run: Path, recipe: Recipe) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise ZebraError(
-            f"{path} is gone or damaged, and with it the losses of the run. Remove {run / 'model'} to train on from "
-            "the last whole checkpoint, or name another run."
+            f"{path} is missing or damaged, and with it the losses of the run. Remove {run / 'model'} to continue from "
+            "the last complete checkpoint, or name another run."
         ) from None

@@ -117,14 +117,14 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
     sizes = dict(recipe.model)
     kind = sizes.pop("model_type")
     if kind not in CONFIG_MAPPING:
-        remedy = did_you_mean(str(kind), sorted(CONFIG_MAPPING), "name one that it has.")
+        remedy = did_you_mean(str(kind), sorted(CONFIG_MAPPING), "use one that it has.")
         raise ZebraError(f"transformers has no model_type {kind!r}; {remedy}")
     known = [field.name for field in fields(CONFIG_MAPPING[kind])]
     if unknown := sorted({*sizes} - {*known}):
-        remedy = did_you_mean(unknown[0], sorted(known), "leave it out.")
+        remedy = did_you_mean(unknown[0], sorted(known), "remove it.")
         raise ZebraError(f"a config of {kind} has no field {unknown[0]}; {remedy}")
     if recipe.stripes is not None and sizes.get("attention_kinds") is not None:
-        raise ZebraError("model.attention_kinds and stripes both name the layers' kinds. Leave one of them out.")
+        raise ZebraError("model.attention_kinds and stripes cannot both be set. Remove one of them.")
     if tokenizer is None and isinstance(recipe.tokenizer, str):
         tokenizer = load_tokenizer(recipe.tokenizer)
     sizes = {"max_position_embeddings": recipe.train.length} | _vocabulary(recipe, tokenizer) | sizes
@@ -138,11 +138,11 @@ def config_of(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | None 
         with torch.device("meta"):
             model_class(config)(config)
     except (StrictDataclassError, ValueError, TypeError, RuntimeError, ArithmeticError, KeyError) as error:
-        raise ZebraError(f"the fields of model describe no {kind}: {first_line(error)}") from None
+        raise ZebraError(f"the fields of model are not a valid {kind}: {first_line(error)}") from None
     if config.max_position_embeddings < recipe.train.length:
         raise ZebraError(
-            f"model.max_position_embeddings is {config.max_position_embeddings:,}, fewer than train.length, "
-            f"{recipe.train.length:,}. Leave it out to take train.length."
+            f"model.max_position_embeddings must be at least train.length, {recipe.train.length:,}; got "
+            f"{config.max_position_embeddings:,}. Remove it to use train.length."
         )
     check_learned_positions(config, max(recipe.longest, (recipe.evaluate and recipe.evaluate.beyond) or 0))
     _check_layout(recipe, config)
@@ -158,14 +158,14 @@ def _check_layout(recipe: PretrainRecipe, config: PreTrainedConfig) -> None:
     pattern, layers = recipe.stripes and Stripes.parse(recipe.stripes).pattern, config.num_hidden_layers
     if pattern and len(pattern) > layers:
         raise ZebraError(
-            f"stripes {recipe.stripes} has groups of {len(pattern)} layers, and the model has {layers}. "
-            f"Take a group of at most {layers}."
+            f"stripes {recipe.stripes} has groups of {len(pattern)} layers, but the model has only {layers}. "
+            f"Use groups of at most {layers}."
         )
     window, length = getattr(config, "sliding_window", None), recipe.train.length
     if window and window > length and {*layer_kinds(config)} != {GLOBAL}:
         raise ZebraError(
-            f"the window of {window:,} tokens is beyond train.length, {length:,}: local layers would see all of a "
-            f"sequence. Take a window of at most {length:,}."
+            f"the window of {window:,} tokens is longer than train.length, {length:,}: local layers would see whole "
+            f"sequences. Use a window of at most {length:,}."
         )
 
 
@@ -174,8 +174,8 @@ def _vocabulary(recipe: PretrainRecipe, tokenizer: PreTrainedTokenizerBase | Non
     size = recipe.tokenizer.vocab_size if isinstance(recipe.tokenizer, NewTokenizer) else len(tokenizer or ())
     if recipe.model.get("vocab_size", size) != size:
         raise ZebraError(
-            f"model.vocab_size is {recipe.model['vocab_size']:,}, and the tokenizer has {size:,} tokens. "
-            "Leave it out to take the tokenizer's."
+            f"model.vocab_size must be that of the tokenizer, {size:,}; got {recipe.model['vocab_size']:,}. "
+            "Remove it to use the tokenizer's."
         )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
     return {"vocab_size": size} | ids

@@ -37,16 +37,16 @@ def check_processes(recipe: Recipe) -> None:
         sizes = {"shard": parallel.shard, "sequence": parallel.sequence, "data": parallel.data or 0}
         several = [f"parallel.{name} {size}" for name, size in sizes.items() if size > 1 or (name == "data" and size)]
         raise ZebraError(
-            f"{' x '.join(several)} takes {'' if parallel.data else 'a multiple of '}{sharing * (parallel.data or 1)} "
-            f"processes, and {count} {'was' if count == 1 else 'were'} started. Start it as "
+            f"{' x '.join(several)} requires {'' if parallel.data else 'a multiple of '}"
+            f"{sharing * (parallel.data or 1)} processes; {count} {'was' if count == 1 else 'were'} started. Start it as "
             f"`torchrun --nproc-per-node {planned} -m zebra ...`, or change parallel."
         )
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
             option = f"--use_{engine.lower()}"
             raise ZebraError(
-                f"accelerate was started with {option}, and a recipe shards weights by parallel.shard. Leave {option} "
-                "out of the command, or of accelerate's config."
+                f"a recipe shards weights by parallel.shard, but accelerate was started with {option}. Remove {option} "
+                "from the command or from accelerate's config."
             )
 
 
@@ -70,7 +70,7 @@ def check_step(recipe: Recipe, sequences: int) -> None:
     if sequences < (step := sequences_per_step(recipe)):
         raise ZebraError(
             f"the data have {sequences:,} sequences of {recipe.train.length:,} tokens, fewer than the {step:,} of one "
-            "step. Give more, or take shorter or fewer sequences."
+            "step. Give more data, or use shorter or fewer sequences."
         )
 
 

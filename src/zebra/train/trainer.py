@@ -113,7 +113,7 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
             trainer.train(resume_from_checkpoint=newest)
     if ending.ended:
         step, of = trainer.state.global_step, recipe.train.max_steps
-        raise Terminated(f"terminated at step {step} of {of}, which is saved; the same command goes on from there.")
+        raise Terminated(f"terminated at step {step} of {of}, which is saved; run the same command again to continue.")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # removes autocast from its forward
 
