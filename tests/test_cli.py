@@ -207,7 +207,7 @@ BAD = {
     ),
     "a word for a switch": (["adapt", "recipe.yaml", "--set", "data.join=off please"], ["data.join", "valid boolean"]),
     "a NUL in a path": (["adapt", "recipe.yaml", "--set", 'run="a\\0b"'], ["NUL"]),
-    "a key twice": (["adapt", "twice.yaml"], ["twice.yaml is not YAML", "the key run stands twice"]),
+    "a key twice": (["adapt", "twice.yaml"], ["twice.yaml is not valid YAML", "duplicate key run"]),
     "a huge window": (["convert", STORIES, "out", "--stripes", f"GL:{10**22}"], ["below 2^31"]),
     "a huge factor": (["convert", STORIES, "out", "--stripes", "GL:9", "--rope", "yarn:1e300"], ["a rope is none"]),
     "no such device": (

@@ -126,7 +126,7 @@ def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: p
 
 def test_a_recipe_for_a_gpu_is_refused_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ZebraError, match="for a GPU"):
+    with pytest.raises(ZebraError, match="cuda requires a GPU"):
         adapt(adapt_recipe(tmp_path / "run", train__device="cuda", **SHORT))
     assert not (tmp_path / "run").exists()
 

@@ -266,9 +266,9 @@ def test_accelerate_does_not_shard_too(engine: str, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel": {"shard": 2}, "train__optimizer": "muon"}, r"take train\.optimizer adamw"),
-        ({"parallel": {"shard": 2, "ring": True}}, "round the processes of a sequence; set"),
-        ({"parallel": {"sequence": 2}, "train__compile": True}, "does not go through parallel"),
+        ({"parallel": {"shard": 2}, "train__optimizer": "muon"}, r"muon does not support parallel\.shard"),
+        ({"parallel": {"shard": 2, "ring": True}}, "ring requires parallel.sequence above 1"),
+        ({"parallel": {"sequence": 2}, "train__compile": True}, "does not support parallel.sequence"),
     ],
 )
 def test_what_processes_cannot_share_is_rejected(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

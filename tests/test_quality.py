@@ -126,7 +126,7 @@ def test_the_gate_of_a_recipe_drops_flags_or_lets_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize("check", [{"independent": 0.1}, {"leaks": ["a.jsonl"]}], ids=str)
 def test_a_check_of_a_gate_that_is_off_is_refused(check: dict[str, Any], tmp_path: Path) -> None:
     """It was not made, and nothing said so."""
-    with pytest.raises(ValueError, match=f"{next(iter(check))} is a check, and with act off there is none"):
+    with pytest.raises(ValueError, match=f"{next(iter(check))} is a check, but act off turns all checks off"):
         tuning(tmp_path / "set.jsonl", tmp_path, act="off", **check)
 
 

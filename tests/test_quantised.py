@@ -91,7 +91,7 @@ def test_every_measurement_serves_it_and_training_says_what_to_do(zebra: Zebra, 
     assert zebra("generate", fp8, "--prompt", "Once", "--max-new-tokens", 4).returncode == 0
     assert zebra("generate", fp8, "--prompt", "Once", "--max-new-tokens", 4, "--dtype", "float32").returncode == 0
     assert zebra("evaluate", "perplexity", fp8, text, "--length", 64).returncode == 0
-    with pytest.raises(ZebraError, match=r"is quantised \(fp8\).*Take the checkpoint before quantisation"):
+    with pytest.raises(ZebraError, match=r"is quantised \(fp8\).*Use the checkpoint before quantisation"):
         read_source(adapt_recipe(tmp_path / "run", model=str(fp8)))
 
 

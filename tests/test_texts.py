@@ -107,7 +107,7 @@ def test_measuring_on_what_is_trained_on_is_said(tmp_path: Path, capsys: pytest.
     new = tmp_path / "new.txt"
     new.write_text(SEPARATOR.join([*stories()[:3], "A story of its own."]))
     texts(evaluate={"files": [str(new)], "separator": SEPARATOR, "length": 32})
-    assert "3 of the 4 documents to measure on are trained on too: it is not new text." in capsys.readouterr().err
+    assert "3 of the 4 evaluation documents are also in the training text." in capsys.readouterr().err
     new.write_text("A story of its own." * 20)
     texts(evaluate={"files": [str(new)], "length": 32})
     assert capsys.readouterr().err == ""

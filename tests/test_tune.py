@@ -328,5 +328,5 @@ def test_a_mixture_of_whole_conversations_ends_nearest_to_its_shares(data: Path)
 
 
 def test_updates_of_the_head_are_rejected_by_the_recipe(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="trl trains no low-rank updates of lm_head; leave it out"):
+    with pytest.raises(ValueError, match="cannot include lm_head, which trl does not support; remove it"):
         recipe(tmp_path / "run", tmp_path, lora={"target_modules": ["q_proj", "lm_head"]})

@@ -38,8 +38,8 @@ def check_processes(recipe: Recipe) -> None:
         several = [f"parallel.{name} {size}" for name, size in sizes.items() if size > 1 or (name == "data" and size)]
         raise ZebraError(
             f"{' x '.join(several)} requires {'' if parallel.data else 'a multiple of '}"
-            f"{sharing * (parallel.data or 1)} processes; {count} {'was' if count == 1 else 'were'} started. Start it as "
-            f"`torchrun --nproc-per-node {planned} -m zebra ...`, or change parallel."
+            f"{sharing * (parallel.data or 1)} processes; {count} {'was' if count == 1 else 'were'} started. "
+            f"Start it as `torchrun --nproc-per-node {planned} -m zebra ...`, or change parallel."
         )
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":

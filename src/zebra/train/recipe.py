@@ -26,7 +26,7 @@ class RecipeSection(BaseModel):
     @classmethod
     def _not_huge(cls, value: Any) -> Any:
         if isinstance(value, int) and abs(value) > _LARGEST:
-            raise ValueError("a whole number is at most 2^32; lower it")
+            raise ValueError("an integer must be at most 2^32; lower it")
         return value
 
 
@@ -55,7 +55,7 @@ class MixtureSource(RecipeSection):
     def _consistent(self) -> MixtureSource:
         if self.max_tokens is not None and self.max_tokens <= self.min_tokens:
             raise ValueError(
-                f"max_tokens ({self.max_tokens}) is greater than min_tokens ({self.min_tokens}); change one of them"
+                f"max_tokens ({self.max_tokens}) must be above min_tokens ({self.min_tokens}); change one of them"
             )
         return self
 
@@ -78,7 +78,7 @@ class RecallSource(RecipeSection):
     @model_validator(mode="after")
     def _consistent(self) -> RecallSource:
         if self.until <= self.hold:
-            raise ValueError(f"until ({self.until:g}) is greater than hold ({self.hold:g}); change one of them")
+            raise ValueError(f"until ({self.until:g}) must be above hold ({self.hold:g}); change one of them")
         return self
 
 
@@ -94,9 +94,9 @@ class TextData(TextSource):
 
     @model_validator(mode="after")
     def _consistent(self) -> TextData:
-        check_sources("the text is given", self.files, self.sources)
+        check_sources("the text", self.files, self.sources)
         if self.sources is not None and (key := first_changed(self, "separator", "field")):
-            raise ValueError(f"{key} belongs to files; give each source its own")
+            raise ValueError(f"{key} applies only to files; set it in each source")
         return self
 
     @property
@@ -116,20 +116,20 @@ def check_sources(subject: str, files: list[str] | None, sources: Sequence[Mixtu
         check_names([source.name for source in sources])
         total = sum(source.share for source in sources)
         if abs(total - 1) > 1e-6:
-            raise ValueError(f"the shares of the sources sum to 1; got {total:g}; change them")
+            raise ValueError(f"the shares of the sources must sum to 1; got {total:g}; change them")
 
 
 def check_one_of(subject: str, keys: Mapping[str, object]) -> None:
     """Check that exactly one of two keys has a value."""
     values = [value for value in keys.values() if value is not None]
     if len(values) != 1:
-        raise ValueError(f"{subject} by {' or by '.join(keys)}, by one of them; got {'both' if values else 'neither'}")
+        raise ValueError(f"{subject} requires either {' or '.join(keys)}; got {'both' if values else 'neither'}")
 
 
 def check_names(names: list[str]) -> None:
     """Check that no name appears twice."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"each has a name of its own; got {', '.join(twice)} twice")
+        raise ValueError(f"names must be unique; got {', '.join(twice)} twice")
 
 
 def first_changed(section: BaseModel, *names: str) -> str | None:
@@ -169,14 +169,14 @@ class Training(RecipeSection):
     def _consistent(self) -> Training:
         if self.save_steps % self.logging_steps:
             raise ValueError(
-                f"save_steps ({self.save_steps}) is a multiple of logging_steps ({self.logging_steps}), "
+                f"save_steps ({self.save_steps}) must be a multiple of logging_steps ({self.logging_steps}), "
                 "so that a resumed run logs the same losses; change one of them"
             )
         if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) is at most max_steps ({self.max_steps}); lower it")
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) cannot exceed max_steps ({self.max_steps}); lower it")
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             raise ValueError(
-                f"a constant rate has no warm-up; got warmup_steps {self.warmup_steps}. "
+                f"lr_scheduler_type constant has no warm-up; got warmup_steps {self.warmup_steps}. "
                 "Set lr_scheduler_type to constant_with_warmup, or warmup_steps to 0"
             )
         return self
@@ -254,14 +254,14 @@ class Recipe(RecipeSection):
         steps = self.evaluate.eval_steps if self.evaluate else None
         if steps is not None and steps > self.train.max_steps:
             raise ValueError(
-                f"evaluate.eval_steps ({steps}) is at most train.max_steps ({self.train.max_steps}); lower it"
+                f"evaluate.eval_steps ({steps}) cannot exceed train.max_steps ({self.train.max_steps}); lower it"
             )
         if self.parallel.ring and self.parallel.sequence == 1:
-            raise ValueError("parallel.ring passes keys round the processes of a sequence; set parallel.sequence")
+            raise ValueError("parallel.ring requires parallel.sequence above 1; raise it, or remove parallel.ring")
         if self.train.compile and self.parallel.sequence > 1:
-            raise ValueError("train.compile does not go through parallel.sequence, whose attention exchanges keys")
+            raise ValueError("train.compile does not support parallel.sequence above 1; remove one of them")
         if self.train.optimizer == "muon" and self.parallel.shard > 1:
-            raise ValueError("muon steps on whole matrices, and parallel.shard splits them; take train.optimizer adamw")
+            raise ValueError("train.optimizer muon does not support parallel.shard above 1; use adamw")
         return self
 
     @property
@@ -281,18 +281,18 @@ class TextRecipe(Recipe):
         recall = self.data.recall
         if recall is not None and recall.first > self.train.length:
             raise ValueError(
-                f"data.recall.first ({recall.first}) is at most train.length ({self.train.length}); lower it"
+                f"data.recall.first ({recall.first}) cannot exceed train.length ({self.train.length}); lower it"
             )
         if self.evaluate is not None:
             files, held_out = self.evaluate.files, self.data.held_out
-            check_one_of("the text to measure on is given", {"evaluate.files": files, "data.held_out": held_out})
+            check_one_of("evaluate", {"evaluate.files": files, "data.held_out": held_out})
             beyond, length = self.evaluate.beyond, self.evaluate.length
             if beyond is not None and beyond <= length:
-                raise ValueError(f"evaluate.beyond ({beyond}) is greater than evaluate.length ({length}); raise it")
+                raise ValueError(f"evaluate.beyond ({beyond}) must be above evaluate.length ({length}); raise it")
             if self.evaluate.recall and recall is None:
-                raise ValueError("evaluate.recall measures what data.recall trains; give that, or leave it out")
+                raise ValueError("evaluate.recall requires data.recall; add that, or remove evaluate.recall")
             if files is None and (key := first_changed(self.evaluate, "separator", "field", "append_eos")):
-                raise ValueError(f"evaluate.{key} belongs to evaluate.files; data says how its documents are read")
+                raise ValueError(f"evaluate.{key} applies only to evaluate.files; remove it")
         return self
 
 
@@ -313,7 +313,7 @@ class CheckpointRecipe(Recipe):
     @model_validator(mode="after")
     def _precise_enough(self) -> Self:
         if self.lora and self.lora.base_dtype == "bfloat16" and not self.train.bf16:
-            raise ValueError("lora.base_dtype bfloat16 needs train.bf16; change one of them")
+            raise ValueError("lora.base_dtype bfloat16 requires train.bf16; change one of them")
         return self
 
 
@@ -338,5 +338,5 @@ class PretrainRecipe(TextRecipe):
     @model_validator(mode="after")
     def _named(self) -> PretrainRecipe:
         if "model_type" not in self.model:
-            raise ValueError("model names the class of its config by model_type, such as llama; add it")
+            raise ValueError("model must have a model_type, such as llama; add it")
         return self

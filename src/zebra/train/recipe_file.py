@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice[0]}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -53,7 +53,7 @@ def parse_yaml(text: str) -> Any:
     try:
         node = loader.get_single_node()
         if _values(node, {}) > _MOST_VALUES:
-            raise yaml.YAMLError(f"with its aliases written out it has more than {_MOST_VALUES:,} values")
+            raise yaml.YAMLError(f"with its aliases expanded it has more than {_MOST_VALUES:,} values")
         return None if node is None else loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
@@ -84,13 +84,13 @@ def read_recipe(path: str | os.PathLike[str], kind: type[R], overrides: Sequence
     except OSError as error:
         raise ZebraError(f"the recipe {path} cannot be read: {error.strerror}. Give the path of a YAML file.") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ZebraError(f"the recipe {path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise ZebraError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
-        raise ZebraError(f"the recipe {path} is not a table of keys and values. See recipes/ for examples.")
+        raise ZebraError(f"the recipe {path} is not a mapping of keys to values. See recipes/ for examples.")
     for override in overrides:
         _override(tree, override)
     if "\\x00" in repr(tree):
-        raise ZebraError(f"{path}: no path can hold a NUL character. Remove it.")
+        raise ZebraError(f"{path}: values cannot contain a NUL character. Remove it.")
     return checked(tree, kind, str(path))
 
 
@@ -105,7 +105,7 @@ def as_recipe(recipe: R | str | os.PathLike[str], kind: type[R]) -> R:
     if not isinstance(recipe, str | os.PathLike):
         name = type(recipe).__name__
         raise ZebraError(
-            f"a recipe is of the class {kind.__name__}, or the path of a YAML file; got a {name}. Give one of these."
+            f"a recipe must be a {kind.__name__} or the path of a YAML file; got a {name}. Pass one of these."
         )
     return read_recipe(recipe, kind)
 
@@ -152,7 +152,7 @@ def check_files(recipe: BaseModel) -> None:
 def _override(tree: dict[str, Any], override: str) -> None:
     name, equals, value = override.partition("=")
     if not equals or not name.strip():
-        raise ZebraError(f"an override is written a.b=value; got {override!r}. Write for example train.max_steps=100.")
+        raise ZebraError(f"an override must be a.b=value; got {override!r}. Write for example train.max_steps=100.")
     *parents, last = name.strip().split(".")
     for parent in parents:
         inner = tree.get(parent, {})
@@ -163,7 +163,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
     try:
         tree[last] = parse_yaml(value)
     except (yaml.YAMLError, ValueError):
-        raise ZebraError(f"the value of the override {override!r} is not YAML. Quote it.") from None
+        raise ZebraError(f"the value of the override {override!r} is not valid YAML. Quote it.") from None
 
 
 def _message(problem: Any, kind: type[BaseModel]) -> str:

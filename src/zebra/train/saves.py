@@ -42,7 +42,7 @@ def remove_damaged(checkpoints: Path) -> None:
         checkpoint = checkpoints / f"checkpoint-{step}"
         if is_intact(checkpoint):
             return
-        console.print(f"{checkpoint} was damaged since it was saved, and is removed; the one before it serves")
+        console.print(f"{checkpoint} was damaged since it was saved and is removed; the checkpoint before it is used")
         shutil.rmtree(checkpoint)
 
 
@@ -86,8 +86,8 @@ def unreadable_states(checkpoint: str | None) -> Iterator[None]:
         if checkpoint is None or (isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error)):
             raise
         raise ZebraError(
-            f"a state in {checkpoint} (of the optimizer, the schedule or the random numbers) is damaged, or would run "
-            "code when it is read. Remove that folder, and the same command goes on from the checkpoint before it."
+            f"a state in {checkpoint} (optimizer, scheduler or random numbers) is damaged, or would run code when "
+            "loaded. Remove that folder and run the same command again to continue from the checkpoint before it."
         ) from None
 
 

@@ -76,8 +76,8 @@ def adapted_config(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTra
     reach, length = longest_text(config) or 0, recipe.train.length
     if rope.kind not in ("none", "base") and reach < length:
         raise ZebraError(
-            f"the rope {rope} reaches {reach:,} positions of a model of {trained:,}, and train.length is {length:,}. "
-            f"Take a factor of at least {math.ceil(length / trained)}."
+            f"the rope {rope} extends the model's {trained:,} positions to {reach:,}, but train.length is {length:,}. "
+            f"Use a factor of at least {math.ceil(length / trained)}."
         )
     if length > config.max_position_embeddings:
         config.max_position_embeddings = max(reach, length)
@@ -205,7 +205,7 @@ def _write_whole(model: PreTrainedModel, dtype: torch.dtype, source: Path, targe
 def _check_written(model: PreTrainedModel, expected: Tensor, tolerance: float) -> None:
     difference = ((_logits(model) - expected).abs().max() / expected.abs().max()).item()
     if not difference <= tolerance:
-        raise ZebraError(f"the checkpoint that was written differs from its adapter by {difference:.1e} of the logits.")
+        raise ZebraError(f"the logits of the written checkpoint differ from the trained model's by {difference:.1e}.")
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ def read_texts(recipe: TextRecipe, tokenizer: PreTrainedTokenizerBase) -> TextTr
     """
     data, train, evaluation = recipe.data, recipe.train, recipe.evaluate
     if data.append_eos and tokenizer.eos_token_id is None:
-        raise ZebraError("data.append_eos is set, but the tokenizer has no end-of-text token. Unset it.")
+        raise ZebraError("data.append_eos requires an end-of-text token, and the tokenizer has none. Remove it.")
     sources = [
         Source(
             source.name,
@@ -198,7 +198,7 @@ def _held_out(
         held_out = _corpus(evaluation, evaluation.files, recipe, tokenizer, evaluation.append_eos)
         trained = np.concatenate([split.source.corpus.hashes[split.train] for split in splits])
         if (known := int(np.isin(held_out.hashes, trained).sum())) and is_first_process():
-            text = f"{known:,} of the {len(held_out):,} documents to measure on are trained on too: it is not new text."
+            text = f"{known:,} of the {len(held_out):,} evaluation documents are also in the training text."
             console.print(text, soft_wrap=True)
     return held_out.joined(evaluation.beyond or evaluation.length) if evaluation.join else held_out
 
@@ -211,8 +211,8 @@ def _with_recall(
     generator = RecallGenerator(tokenizer, (documents[i] for i in range(len(documents.lengths))))
     if recall.first < generator.min_tokens:
         raise ZebraError(
-            f"data.recall.first is {recall.first}, and a document that tells and asks has at least "
-            f"{generator.min_tokens} tokens under this tokenizer. Raise it."
+            f"data.recall.first must be at least {generator.min_tokens}, the tokens of the shortest recall document "
+            f"with this tokenizer; got {recall.first}. Raise it."
         )
     if recipe.evaluate and recipe.evaluate.recall:
         for length in filter(None, (recipe.evaluate.length, recipe.evaluate.beyond)):

@@ -33,7 +33,7 @@ def train_tokenizer(texts: Iterable[str], settings: NewTokenizer) -> PreTrainedT
         ZebraError: texts that give fewer tokens; one text in place of several.
     """
     if isinstance(texts, str):
-        raise ZebraError(f"a tokenizer is trained on a list of texts; got one text of {len(texts):,} characters.")
+        raise ZebraError(f"texts must be a list of texts; got one text of {len(texts):,} characters. Pass a list.")
     tokenizer = Tokenizer(models.BPE())
     words = rf" ?\p{{N}}{{1,{settings.digits}}}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -52,8 +52,8 @@ def train_tokenizer(texts: Iterable[str], settings: NewTokenizer) -> PreTrainedT
     tokenizer.train_from_iterator(texts, trainer)
     if (size := tokenizer.get_vocab_size()) < settings.vocab_size:
         raise ZebraError(
-            f"the text gives {size:,} tokens, and tokenizer.vocab_size asks for {settings.vocab_size:,}. "
-            "Give more text or ask for fewer."
+            f"the text yields only {size:,} tokens, but tokenizer.vocab_size is {settings.vocab_size:,}. "
+            "Give more text, or lower tokenizer.vocab_size."
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, clean_up_tokenization_spaces=False
@@ -75,7 +75,7 @@ def tokenizer_texts(recipe: PretrainRecipe) -> Iterator[str]:
     share = data.recall.share
     count = _MOST_CHARACTERS if share == 1 else min(_MOST_CHARACTERS, int(characters * share / (1 - share)))
     if is_first_process():
-        console.print(f"with {count:,} characters of recall beside {characters:,} of text")
+        console.print(f"training the tokenizer on {characters:,} characters of text and {count:,} of recall documents")
     letters = Letters()
     generator, rng = RecallGenerator(letters), Random(0)
     for _ in range(0, count, _LETTERS):

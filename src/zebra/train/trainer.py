@@ -50,8 +50,8 @@ def check_machine(train: Training) -> None:
     """
     if train.device == "cuda" and not torch.cuda.is_available():
         raise ZebraError(
-            "the recipe is for a GPU (train.device: cuda) and there is none here. Run it where there is one; "
-            "with --set train.device=best it would run on this CPU, at a CPU's speed."
+            "train.device cuda requires a GPU, and this machine has none. Run the recipe on a machine with a GPU, or "
+            "slowly on this CPU with --set train.device=best."
         )
 
 
@@ -63,16 +63,16 @@ def trainable_config(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     """
     if (method := quantization_of(config)) is not None:
         raise ZebraError(
-            f"{name} is quantised ({method}), and training changes weights that are numbers. Take the checkpoint "
-            "before quantisation; zebra generate and evaluate serve this one."
+            f"{name} is quantised ({method}), and quantised weights cannot be trained. Use the checkpoint before "
+            "quantisation; zebra generate and zebra evaluate support this one."
         )
     if getattr(config, "output_router_logits", False):
         raise ZebraError(
-            f"{name} asks for its router's auxiliary loss (output_router_logits), and training is on the language loss "
-            "alone. Set output_router_logits to false in its config to train so."
+            f"training does not support the router's auxiliary loss, which {name} sets (output_router_logits). "
+            "Set output_router_logits to false in its config to train without it."
         )
     if getattr(config, "attention_dropout", 0.0):
-        console.print(f"no kernel drops attention weights: attention_dropout of {config.attention_dropout} becomes 0")
+        console.print(f"attention dropout is not supported: attention_dropout {config.attention_dropout} is set to 0")
         config.attention_dropout = 0.0
     return config
 
@@ -88,8 +88,8 @@ def run_trainer(trainer: Trainer, recipe: Recipe, model: PreTrainedModel, *callb
     checkpoints = Path(trainer.args.output_dir)
     if trainer.args.n_gpu > 1:
         raise ZebraError(
-            f"one process sees {trainer.args.n_gpu} GPUs. Start one process for each with "
-            "`torchrun --nproc-per-node`, or show one with CUDA_VISIBLE_DEVICES=0."
+            f"a process must see only one GPU; this one sees {trainer.args.n_gpu}. Start one process for each GPU with "
+            "`torchrun --nproc-per-node`, or set CUDA_VISIBLE_DEVICES=0."
         )
     total = recipe.train.max_steps * tokens_per_step(recipe)
     with collected(signal.SIGTERM) as received, bar("training", total, "tokens") as advance:
@@ -149,7 +149,7 @@ def _memory_errors(recipe: Recipe) -> Iterator[None]:
         }
         raise ZebraError(
             f"a forward and backward pass of {train.per_device_train_batch_size:,} x {train.length:,} tokens does not "
-            f"fit into memory ({first_line(error)}). One of: "
+            f"fit into memory ({first_line(error)}). Do one of these: "
             f"{'; '.join(remedy for remedy, helps in remedies.items() if helps)}. --dry-run estimates what fits."
         ) from None
 
@@ -163,8 +163,8 @@ def _lost_processes() -> Iterator[None]:
         if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise ZebraError(
-            f"another process of this training has ended, as rank {dist.get_rank()} noticed ({first_line(error)}). The "
-            "launcher names it; the same command goes on from the last whole checkpoint."
+            f"another process of this training ended, which rank {dist.get_rank()} noticed ({first_line(error)}). The "
+            "launcher names it. Run the same command again to continue from the last complete checkpoint."
         ) from None
 
 

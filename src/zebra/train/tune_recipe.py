@@ -30,7 +30,7 @@ class QualityChecks(RecipeSection):
     @model_validator(mode="after")
     def _checked(self) -> QualityChecks:
         if self.act == "off" and (key := first_changed(self, "leaks", "independent")):
-            raise ValueError(f"{key} is a check, and with act off there is none; leave it out, or set act to flag")
+            raise ValueError(f"{key} is a check, but act off turns all checks off; remove it, or set act to flag")
         return self
 
 
@@ -47,7 +47,7 @@ class ConversationData(RecipeSection):
 
     @model_validator(mode="after")
     def _consistent(self) -> ConversationData:
-        check_sources("the conversations are given", self.files, self.sources)
+        check_sources("the data", self.files, self.sources)
         return self
 
     @property
@@ -92,7 +92,7 @@ class TuneRecipe(CheckpointRecipe):
     def _consistent(self) -> TuneRecipe:
         if self.evaluate is not None:
             keys = {"evaluate.suites": self.evaluate.suites, "data.held_out": self.data.held_out}
-            check_one_of("what to measure on is given", keys)
+            check_one_of("evaluate", keys)
         if self.lora and "lm_head" in self.lora.target_modules:
-            raise ValueError("lora.target_modules: trl trains no low-rank updates of lm_head; leave it out")
+            raise ValueError("lora.target_modules cannot include lm_head, which trl does not support; remove it")
         return self
