@@ -138,7 +138,7 @@ def test_bad_input_is_refused(tmp_path: Path) -> None:
         instructions(kinds=("poem",))
     with pytest.raises(ZebraError, match="depths must be from 0 to 1; got 2"):
         instructions(depths=(2.0,))
-    with pytest.raises(ZebraError, match="at least one word"):
+    with pytest.raises(ZebraError, match="words must be at least 1; got"):
         instructions(words=0)
 
 

@@ -175,7 +175,7 @@ def test_a_changed_input_is_named_and_refused(data: Path, copy: Path, tmp_path: 
 
 def test_a_stage_after_one_that_is_to_run_is_refused(data: Path, copy: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "adapt")
-    with pytest.raises(ZebraError, match=r"stage tune: .*/tune was made from the stage adapt, which is not done"):
+    with pytest.raises(ZebraError, match=r"stage tune: .*/tune depends on the stage adapt, which is not done"):
         plan(read_pipeline(recipe(data, tmp_path)))
 
 
@@ -186,10 +186,10 @@ def test_what_was_changed_by_others_is_not_trusted(data: Path, copy: Path, tmp_p
     with pytest.raises(ZebraError, match=r"stage tune: .*its checkpoint .*changed"):
         plan(read_pipeline(path))
     shutil.rmtree(copy / "adapt" / "model")
-    with pytest.raises(ZebraError, match=r"stage tune: the checkpoint .*adapt/model is gone"):
+    with pytest.raises(ZebraError, match=r"stage tune: the checkpoint .*adapt/model is missing"):
         plan(read_pipeline(path))
     (copy / "convert" / ".inputs.json").unlink()
-    with pytest.raises(ZebraError, match=r"convert exists without the record .*\.inputs\.json\. Rename"):
+    with pytest.raises(ZebraError, match=r"convert exists, but .*\.inputs\.json is missing\. Rename"):
         plan(read_pipeline(path))
 
 
@@ -253,14 +253,14 @@ BAD: dict[str, tuple[list[str], str]] = {
         r"stage evaluate: its perplexity: lengths: .*\(got 300\)",
     ),
     "a contradiction": (["stages.tune.train.warmup_steps=99"], "stage tune: .*warmup_steps"),
-    "no such kind": (["stages.before.kind=reports"], "no stage of the kind reports; did you mean report"),
-    "no such name": (["stages.train={}"], "no stage of the kind train"),
+    "no such kind": (["stages.before.kind=reports"], "unknown stage kind reports; did you mean report"),
+    "no such name": (["stages.train={}"], "unknown stage kind train"),
     "a name that is a path": (["stages.a/b={kind: report}"], "letters, digits"),
-    "from a later stage": (["stages.before.from=tune"], "stage before: from names a stage before it"),
-    "from one without a checkpoint": (["stages.tune.from=before"], "from names a stage before it .*got before"),
-    "no first checkpoint": (["model=null"], "stage before: it begins with a checkpoint, and no stage before it writes"),
+    "from a later stage": (["stages.before.from=tune"], "stage before: from must be model or an earlier stage"),
+    "from one without a checkpoint": (["stages.tune.from=before"], "from must be model or an earlier .*got before"),
+    "no first checkpoint": (["model=null"], "stage before: it requires a checkpoint, and no stage before it writes"),
     "a missing checkpoint": (["model=nowhere"], "no checkpoint at nowhere"),
-    "the pipeline's key": (["stages.tune.model=x"], "stage tune: the pipeline sets model of a stage"),
+    "the pipeline's key": (["stages.tune.model=x"], "stage tune: the pipeline sets model. Remove"),
     "missing text": (["stages.adapt.data.files=[nothing.txt]"], r"stage adapt: no file matches nothing\.txt"),
     "missing conversations": (["stages.tune.data.files=[nothing.jsonl]"], "stage tune: no file matches nothing"),
     "bad conversations": (["stages.tune.data.files=[bad.jsonl]"], r"stage tune: bad\.jsonl has 1 bad record: line 1"),
@@ -279,7 +279,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "no length": (["stages.evaluate.perplexity.lengths=[]"], "stage evaluate: perplexity is measured at one length"),
     "no such Self-Extend": (["stages.evaluate.perplexity.self_extend=x"], "stage evaluate: .*Self-Extend"),
-    "nothing to evaluate": (["stages.evaluate={}"], "stage evaluate: an evaluation takes at least one of perplexity"),
+    "nothing to evaluate": (["stages.evaluate={}"], "stage evaluate: an evaluation requires at least one of"),
     "an adapter is no checkpoint": (["stages.adapt.lora={merge: false}"], "stage tune: .*is a peft adapter"),
     "not an object": (["stages=[]"], "stages: "),
 }
@@ -305,10 +305,10 @@ def test_a_stage_for_several_processes_is_refused_before_any_stage(data: Path, t
 def test_a_report_stands_at_the_end_and_a_launcher_is_refused(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ZebraError, match="stage report: a report is of the stages before it"):
+    with pytest.raises(ZebraError, match="stage report: a report requires another stage before it"):
         read_pipeline(recipe(data, tmp_path, "report", "convert"))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ZebraError, match="a pipeline is one process"):
+    with pytest.raises(ZebraError, match="a pipeline must run in one process"):
         read_pipeline(recipe(data, tmp_path))
 
 

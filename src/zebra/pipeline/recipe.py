@@ -30,7 +30,7 @@ class Convert(RecipeSection):
     @model_validator(mode="after")
     def _one_layout(self) -> Convert:
         if (self.stripes is None) == (self.select is None):
-            raise ValueError("a conversion takes either stripes or select; give one of them, such as stripes: GLLL:512")
+            raise ValueError("a conversion requires either stripes or select; set one, such as stripes: GLLL:512")
         return self
 
 
@@ -45,7 +45,7 @@ class Evaluate(RecipeSection):
     @model_validator(mode="after")
     def _not_empty(self) -> Evaluate:
         if not self.measures():
-            raise ValueError(f"an evaluation takes at least one of {', '.join(type(self).model_fields)}; give one")
+            raise ValueError(f"an evaluation requires at least one of {', '.join(type(self).model_fields)}; add one")
         return self
 
     def measures(self) -> dict[str, dict[str, Any]]:
@@ -125,7 +125,7 @@ def read_pipeline(
     """
     pipeline = read_recipe(path, Pipeline, overrides)
     if processes() > 1:
-        raise ZebraError("a pipeline is one process. Start a launcher on a stage's command, with the stage's recipe.")
+        raise ZebraError("a pipeline must run in one process. Use a launcher for the command of a single stage.")
     stages: dict[str, Stage] = {}
     for name, section in pipeline.stages.items():
         stage = _stage(f"{path}, stage {name}", pipeline, name, dict(section or {}), stages)
@@ -136,17 +136,17 @@ def read_pipeline(
 def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], before: dict[str, Stage]) -> Stage:
     kind, folder = str(section.pop("kind", name)), Path(pipeline.run) / name
     if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name == "model":
-        raise ZebraError(f"{where}: a stage's name is letters, digits, _ and -, and not model. Rename it.")
+        raise ZebraError(f"{where}: a stage's name must be letters, digits, _ and -, and not model. Rename it.")
     if kind not in KINDS:
-        remedy = did_you_mean(kind, KINDS, f"name it so, or write kind: one of {', '.join(KINDS)}.")
-        raise ZebraError(f"{where}: there is no stage of the kind {kind}; {remedy}")
+        remedy = did_you_mean(kind, KINDS, f"set kind to one of {', '.join(KINDS)}.")
+        raise ZebraError(f"{where}: unknown stage kind {kind}; {remedy}")
     source, after = _source(where, kind, section, pipeline.model, before)
     if kind == "report" and all(other.kind == "report" for other in before.values()):
-        raise ZebraError(f"{where}: a report is of the stages before it, and there is none. Move it to the end.")
+        raise ZebraError(f"{where}: a report requires another stage before it. Move it to the end.")
     if issubclass(KINDS[kind], Recipe):
         keys = {"run": str(folder)} | ({"model": str(source)} if source else {})
         if twice := sorted(keys.keys() & section.keys()):
-            raise ZebraError(f"{where}: the pipeline sets {' and '.join(twice)} of a stage. Remove it here.")
+            raise ZebraError(f"{where}: the pipeline sets {' and '.join(twice)}. Remove it from the stage.")
         section |= keys
     return Stage(name, kind, folder, checked(section, KINDS[kind], where), source, after, trust_remote_code=False)
 
@@ -162,13 +162,13 @@ def _source(
     if name not in ("model", *writers):
         choices = ", ".join(["model", *writers])
         raise ZebraError(
-            f"{where}: from names a stage before it that writes a checkpoint, or model; got {name}, of {choices}."
+            f"{where}: from must be model or an earlier stage that writes a checkpoint; got {name}. Use {choices}."
         )
     if name != "model":
         return before[name].checkpoint, name
     if model is None:
         raise ZebraError(
-            f"{where}: it begins with a checkpoint, and no stage before it writes one. Add model: the first one."
+            f"{where}: it requires a checkpoint, and no stage before it writes one. Set model to a checkpoint."
         )
     check_checkpoint(model)
     return Path(model), None

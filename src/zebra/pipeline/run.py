@@ -75,7 +75,7 @@ def plan(stages: Sequence[Stage]) -> list[dict[str, Any]]:
             with _naming(stage, folder), warnings.catch_warnings(action="ignore"):
                 if stage.after in placeholders and stage.state != "new":
                     raise ZebraError(
-                        f"{stage.folder} was made from the stage {stage.after}, which is not done. Rename the folder."
+                        f"{stage.folder} depends on the stage {stage.after}, which is not done. Rename the folder."
                     )
                 if _state(stage) != "done":
                     target = Path(folder, stage.name, stage.checkpoint.name if stage.checkpoint else "")
@@ -130,7 +130,7 @@ def _state(stage: Stage) -> str:
     if stage.state != "new":
         record = stage.folder / _RECORD
         if not record.exists():
-            raise ZebraError(f"{stage.folder} exists without the record {record}. Rename the folder.")
+            raise ZebraError(f"{stage.folder} exists, but {record} is missing. Rename the folder.")
         check_inputs(record, inputs_of(stage), instead="rename that folder")
     return stage.state
 
@@ -146,7 +146,7 @@ def inputs_of(stage: Stage) -> dict[str, Any]:
     if stage.source is None:
         return inputs
     if stage.after and not stage.source.exists():  # the pipeline's own model may be a name of the hub
-        raise ZebraError(f"the checkpoint {stage.source} is gone. Restore it, or rename the folder of its stage.")
+        raise ZebraError(f"the checkpoint {stage.source} is missing. Restore it, or rename the folder of its stage.")
     return inputs | {"its checkpoint": checkpoint_digests(stage.source)}
 
 
