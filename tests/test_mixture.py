@@ -129,7 +129,7 @@ def test_what_is_held_out_is_never_in_a_sequence(deduplicate: bool, join: bool) 
         (
             Source("s", corpus_of(5, texts="a")),
             {"held_out": 1 - 1e-12},
-            "0 of them are duplicates and 1 are held out. Widen",
+            "0 of them are duplicates and 1 held out. Widen",
         ),
         (Source("s", drawn(1, 3)), {"held_out": 1e-9}, "held_out 1e-09 holds out none of 3 documents. Raise it"),
     ],

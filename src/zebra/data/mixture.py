@@ -131,7 +131,7 @@ def split_sources(sources: Sequence[Source], *, deduplicate: bool, held_out: flo
             raise ZebraError(
                 f"the source {source.name} has no document to train on: of {len(tokens):,} documents of "
                 f"{tokens.min():,} to {tokens.max():,} tokens, {len(i):,} lie in {source.bucket}; "
-                f"{split.duplicates:,} of them are duplicates and {len(split.held_out):,} are held out. "
+                f"{split.duplicates:,} of them are duplicates and {len(split.held_out):,} held out. "
                 "Widen the range from min_tokens to max_tokens, or lower held_out."
             )
         splits.append(split)
