@@ -158,7 +158,7 @@ def test_a_checkpoint_without_a_template_is_refused_before_it_is_loaded(
     stories: Path, zebra: Zebra, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("zebra.model.load_options.load", None)
-    refused(zebra("chat", stories, input="Hello\n"), "no chat template", "tuned to converse")
+    refused(zebra("chat", stories, input="Hello\n"), "no chat template", "tuned for chat")
 
 
 def pdf(text: str) -> bytes:

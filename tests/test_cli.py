@@ -233,7 +233,7 @@ BAD = {
     "no such verb": (["evaluate", "nosuch"], ["No such command 'nosuch'", "evaluate --help"]),
     "no such option": (["doctor", "--jsn"], ["No such option", "--json"]),
     "no target": (["convert", STORIES], ["Missing argument 'target'"]),
-    "no rows": (["report", "nothing.jsonl"], ["no file of results"]),
+    "no rows": (["report", "nothing.jsonl"], ["no results file"]),
     "broken rows": (["report", "recipe.yaml"], ["recipe.yaml, line 1 is not a result"]),
 }
 

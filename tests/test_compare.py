@@ -186,7 +186,7 @@ def test_a_method_of_another_form_is_rejected(text: str) -> None:
 
 def test_a_damaged_measurement_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"method": "x", "unit": ["window", 0, null]}\n[1]\n')
-    with pytest.raises(ZebraError, match="line 2 is no measurement"):
+    with pytest.raises(ZebraError, match="line 2 is not a measurement"):
         Measurements(tmp_path / "m.jsonl")
 
 

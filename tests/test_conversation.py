@@ -153,7 +153,7 @@ def test_what_is_longer_than_the_model_reaches_is_refused_before_it_is_read(mode
     chat = Conversation(model, tokenizer=tokenizer, max_new_tokens=5)
     checked(chat, chat.reply("Hello"), 5)
     before, forwards = list(chat.messages), []
-    remedy = r"has 1,\d{3} tokens, and this model reads 512.*Self-Extend \(--self-extend auto:2048\)"
+    remedy = r"has 1,\d{3} tokens, but this model reads 512.*Self-Extend \(--self-extend auto:2048\)"
     with model.register_forward_hook(lambda *_: forwards.append(1)):
         for call in (chat.reply, chat.add_document):
             with pytest.raises(ContextLengthError, match=remedy):
@@ -330,7 +330,7 @@ def test_sixteen_bits_differ_by_rounding(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"num_beams": 2}, "token by token"), ({"top_p": 0.5}, "temperature 0 draws nothing")],
+    [({"num_beams": 2}, "beam search does not support streaming"), ({"top_p": 0.5}, "temperature 0 does not sample")],
 )
 def test_options_that_no_conversation_can_have(models: Any, tokenizer: Any, options: Any, says: str) -> None:
     with pytest.raises(ZebraError, match=says):
@@ -342,9 +342,9 @@ def test_messages_that_are_none(models: Any, tokenizer: Any) -> None:
     for call, says in (
         (lambda: chat.reply(""), "empty"),
         (lambda: chat.reply("x", seeds=1), "did you mean seed"),
-        (lambda: chat.reply("x", num_beams=2), "token by token"),
+        (lambda: chat.reply("x", num_beams=2), "beam search does not support streaming"),
         (lambda: chat.add_document(" \n"), "no text"),
-        (lambda: chat.add_document(Path("book.txt")), "a document is a text; got a PosixPath"),
+        (lambda: chat.add_document(Path("book.txt")), "a document must be a string; got a PosixPath"),
         (chat.regenerate, "no message"),
     ):
         with pytest.raises(ZebraError, match=says):
@@ -368,5 +368,5 @@ def test_messages_that_are_none(models: Any, tokenizer: Any) -> None:
 )
 def test_a_beginning_with_what_is_no_message(models: Any, tokenizer: Any, message: dict[str, Any]) -> None:
     chat = zebra.Conversation(models("full"), tokenizer=tokenizer, messages=[message])
-    with pytest.raises(ZebraError, match="a role and a content, both texts"):
+    with pytest.raises(ZebraError, match="a role and content, both strings"):
         chat.reply("Hello")

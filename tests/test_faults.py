@@ -56,7 +56,7 @@ def test_a_full_disk_in_a_save_is_one_line_and_the_run_goes_on_later(adapt_run: 
 
 
 def test_a_target_that_cannot_be_written(zebra: Zebra) -> None:
-    refused(zebra("convert", STORIES, "/proc/striped", "--stripes", "GL:9"), "/proc", "Nothing half-written was left")
+    refused(zebra("convert", STORIES, "/proc/striped", "--stripes", "GL:9"), "/proc", "No partial output was left")
 
 
 def test_a_run_may_be_moved(adapt_run: FinishedRun, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_one_process_at_a_time_in_a_run(tmp_path: Path) -> None:
     training_recipe = adapt_recipe(tmp_path / "run", **SHORT)
     with (
         directory.locked_run(training_recipe),
-        pytest.raises(ZebraError, match=r"another process is at work in .*run\. Wait"),
+        pytest.raises(ZebraError, match=r"another process is using .*run\. Wait"),
     ):
         adapt(training_recipe)
     assert not (tmp_path / "run").exists()  # nothing came of either
@@ -107,14 +107,14 @@ def test_a_run_keeps_to_its_inputs(stories: Path, tmp_path: Path, monkeypatch: p
     ):
         before = (stories / name).read_bytes() if (stories / name).exists() else None
         (stories / name).write_text(part)
-        with pytest.raises(ZebraError, match=rf"began with other inputs: source \({name}\) changed since"):
+        with pytest.raises(ZebraError, match=rf"was created with other inputs: source \({name}\) changed since"):
             adapt(training_recipe)
         (stories / name).unlink() if before is None else (stories / name).write_bytes(before)
     weights = stories / "model.safetensors"
     tensors = load_file(weights)
     tensors["model.norm.weight"] *= 1.5
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ZebraError, match=r"began with other inputs: source \(model\.safetensors\) changed since"):
+    with pytest.raises(ZebraError, match=r"was created with other inputs: source \(model\.safetensors\) changed since"):
         adapt(training_recipe)
     text.write_text(text.read_text().replace("Once", "Twice", 1))
     with pytest.raises(ZebraError, match=r"files \(.*\) and source \(model\.safetensors\) changed since"):
@@ -243,7 +243,7 @@ def test_sigterm_outside_of_a_training_leaves_nothing(tmp_path: Path, zebra: Zeb
     monkeypatch.setattr("zebra.model.load.write_config", save)
     done = zebra("convert", STORIES, tmp_path / "out", "--stripes", "GL:9")
     assert (done.returncode, done.stderr.count("\n")) == (143, 1)
-    assert done.stderr.startswith("zebra: terminated. Nothing half-written was left")
+    assert done.stderr.startswith("zebra: terminated. No partial output was left")
     assert not list(tmp_path.glob("*out*"))
 
 
@@ -252,7 +252,7 @@ def test_damaged_inputs_are_refused(adapt_run: FinishedRun, tmp_path: Path) -> N
     (run / "results.jsonl").unlink()
     for content in ("", "[]", "5", "{"):
         (run / "inputs.json").write_text(content)
-        with pytest.raises(ZebraError, match=r"inputs\.json is damaged|began with other inputs"):
+        with pytest.raises(ZebraError, match=r"inputs\.json is damaged|was created with other inputs"):
             adapt(adapt_recipe(run))
 
 

@@ -382,8 +382,8 @@ def test_a_file_is_trained_as_its_conversion_is(zebra: Zebra, tmp_path: Path) ->
 
 
 FAULTS: dict[str, tuple[Callable[[bytes], bytes], tuple[str, ...]]] = {
-    "empty": (lambda file: b"", ("no GGUF file", "Copy it again")),
-    "another format": (lambda file: b"PK" + file, ("no GGUF file", "Copy it again")),
+    "empty": (lambda file: b"", ("not a GGUF file", "Copy it again")),
+    "another format": (lambda file: b"PK" + file, ("not a GGUF file", "Copy it again")),
     "another version": (lambda file: file[:4] + b"\x09" + file[5:], ("version 9",)),
     "a cut header": (lambda file: file[:5000], ("damaged", "Copy it again")),
     "a cut tensor": (lambda file: file[:-300], ("truncated", "output.weight lies beyond", "Copy it again")),
@@ -405,15 +405,15 @@ REJECTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "adapter.gguf": ({"general.type": "adapter"}, ("of type 'adapter'",)),
     "model-00001-of-00003.gguf": ({}, ("one of several parts", "llama-gguf-split --merge")),
     "split.gguf": ({"split.count": 3}, ("one of 3 parts",)),
-    "layers.gguf": ({"llama.block_count": [5, 6]}, ("num_hidden_layers that holds for all layers",)),
-    "text.gguf": ({"llama.attention.head_count": "4"}, ("num_attention_heads that holds for all layers",)),
-    "theta.gguf": ({"llama.rope.freq_base": "1e4"}, ("rope.freq_base that holds for all layers",)),
+    "layers.gguf": ({"llama.block_count": [5, 6]}, ("num_hidden_layers as one number for all layers",)),
+    "text.gguf": ({"llama.attention.head_count": "4"}, ("num_attention_heads as one number for all layers",)),
+    "theta.gguf": ({"llama.rope.freq_base": "1e4"}, ("rope.freq_base as one number for all layers",)),
     "parts.gguf": ({"split.count": "x"}, ("one of x parts",)),
     "alignment.gguf": ({"general.alignment": 0}, ("damaged: an alignment of 0",)),
     "tokenizer.gguf": ({"tokenizer.ggml.model": "bert"}, ("tokenizer of", "cannot be read", "original checkpoint")),
     "merges.gguf": ({"tokenizer.ggml.merges": [1, 2]}, ("tokenizer of", "cannot be read: AttributeError")),
-    "rotated.gguf": ({"llama.rope.dimension_count": 8}, ("rotates a part of each head",)),
-    "rope.gguf": ({"llama.rope.scaling.type": "longrope"}, ("rope of type 'longrope'",)),
+    "rotated.gguf": ({"llama.rope.dimension_count": 8}, ("partial RoPE",)),
+    "rope.gguf": ({"llama.rope.scaling.type": "longrope"}, ("rope type 'longrope'",)),
     "biased.gguf": ({"llama.block_count": 4}, ("has 195,264 weights", "of its sizes 164,416")),
 }
 
@@ -455,11 +455,11 @@ def test_the_rope_is_what_the_file_says(tmp_path: Path) -> None:
     loaded = zebra.load(tmp_path / "model.gguf")
     torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, inverse)
     for wrong in (np.linspace(1, 3, 8), np.zeros(8), np.full(8, np.inf), np.ones(7)):
-        with pytest.raises(ZebraError, match="is no rope of Llama"):
+        with pytest.raises(ZebraError, match="is not the rope of Llama"):
             rope(tensors={"rope_freqs.weight": wrong.astype(np.float32)})
     file = tmp_path / "model.gguf"  # cut within the factors
     file.write_bytes(file.read_bytes()[: read_header(file).tensors["rope_freqs.weight"].start + 4])
-    with pytest.raises(ZebraError, match="is no rope of Llama"):
+    with pytest.raises(ZebraError, match="is not the rope of Llama"):
         config_fields(read_header(file))
 
 

@@ -144,7 +144,7 @@ def test_a_process_takes_one_version(cache: Path) -> None:
 def test_names_that_are_none(cache: Path, zebra: Zebra, tmp_path: Path) -> None:
     refused(zebra("convert", "nobody/nothing", tmp_path / "out", "--stripes", "GL:64"), "no directory nobody/nothing")
     refused(zebra("plan", "nobody/nothing", "--length", 64), "no directory nobody/nothing")
-    refused(zebra("compare", "nobody/nothing", TEXT, "--length", 64), "nobody/nothing", "the hub or its cache")
+    refused(zebra("compare", "nobody/nothing", TEXT, "--length", 64), "nobody/nothing", "the hub or in its cache")
     with pytest.raises(ZebraError, match=r"there is no checkpoint at \./nobody/nothing"):
         package.load("./nobody/nothing")
     with pytest.raises(ZebraError, match=r"there is no checkpoint at \./nobody/nothing"):

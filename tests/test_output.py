@@ -298,7 +298,7 @@ def test_too_little_memory_is_one_line_with_the_remedy() -> None:
 def test_a_full_disk_in_a_copy_of_a_folder_is_one_line() -> None:
     """shutil collects what failed in an error without a number."""
     error = shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
-    assert machine_fault(error) == "No space left on device. Free some space. Nothing half-written was left."
+    assert machine_fault(error) == "No space left on device. Free some space. No partial output was left."
 
 
 def test_other_errors_keep_their_traceback() -> None:

@@ -154,15 +154,15 @@ def test_a_changed_input_is_named_and_refused(data: Path, copy: Path, tmp_path: 
 
     before = {file: file.stat().st_mtime_ns for file in copy.rglob("*")}
     assert refusal("stages.tune.train.max_steps=6") == (
-        f"stage tune: {copy}/tune began with other inputs: train.max_steps changed since. "
-        "Restore them to go on with it, or rename that folder."
+        f"stage tune: {copy}/tune was created with other inputs: train.max_steps changed since. "
+        "Restore them to resume it, or rename that folder."
     )
     assert "stripes changed" in refusal("stages.convert.stripes=GL:33")
     assert "perplexity.lengths changed" in refusal("stages.evaluate.perplexity.lengths=[128]")
     file = data / "long.jsonl"
     text = file.read_text()
     file.write_text(text + "\n")
-    assert f"stage tune: {copy}/tune began with other inputs: its files ({file}) changed" in refusal()
+    assert f"stage tune: {copy}/tune was created with other inputs: its files ({file}) changed" in refusal()
     file.write_text(text)
     assert {file: file.stat().st_mtime_ns for file in copy.rglob("*")} == before
 
@@ -222,7 +222,7 @@ def test_a_checkpoint_is_known_by_its_digest(finished: Path, tmp_path: Path) -> 
 
 def test_another_process_at_work_is_refused(data: Path, tmp_path: Path) -> None:
     stages = read_pipeline(recipe(data, tmp_path, "convert"))
-    with directory_lock(tmp_path / "run"), pytest.raises(ZebraError, match="another process is at work"):
+    with directory_lock(tmp_path / "run"), pytest.raises(ZebraError, match="another process is using"):
         run(stages)
     assert not (tmp_path / "run").exists()
 

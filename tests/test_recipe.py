@@ -251,7 +251,7 @@ def test_an_empty_override_takes_a_value_away(recipe: Any) -> None:
         ("train.step=5", r"unknown key train\.step; did you mean max_steps\?"),
         ("trane.steps=5", r"unknown key trane; did you mean train\?"),
         ("train.max_steps=many", r"train\.max_steps: .*integer.* \(got 'many'\)"),
-        ("stripes=10:20:30", r"stripes are written .* got '10:20:30'"),
+        ("stripes=10:20:30", r"stripes must be written .* got '10:20:30'"),
         ("run=-5", r"run: .*valid string \(got -5\)"),
         ("run=1_000", r"run: .*valid string \(got 1000\)"),
         ("run=1e3", r"run: .*valid string \(got 1000\.0\)"),
@@ -297,7 +297,7 @@ def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
         (changed(train={"lr_scheduler_type": "cosin"}), r"train\.lr_scheduler_type: .*'cosine'.*\(got 'cosin'\)"),
         (changed(train={"bf16": "yes"}), r"train\.bf16: .*\(got 'yes'\)"),
         (changed(train={"adam_beta2": 1.0}), r"train\.adam_beta2"),
-        (changed(stripes="GLLL"), r"stripes: stripes are written PATTERN:WINDOW.* \(got 'GLLL'\)"),
+        (changed(stripes="GLLL"), r"stripes: stripes must be written PATTERN:WINDOW.* \(got 'GLLL'\)"),
         (changed(stripes="GL:0"), r"stripes: a window counts"),
         (
             changed(train={"save_steps": 15}),

@@ -159,7 +159,7 @@ def test_a_column_of_another_type_is_refused(tmp_path: Path, column: str, value:
 
 def test_no_file_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(ZebraError, match="no file of results at"):
+        with pytest.raises(ZebraError, match="no results file at"):
             read_results(path)
 
 
@@ -170,8 +170,8 @@ def test_no_file_is_refused(tmp_path: Path) -> None:
         ("5", "not a JSON object"),
         ("null", "not a JSON object"),
         ('["run"]', "not a JSON object"),
-        ("{}", r"no columns \['run', 'model', 'layout', 'task', 'metric', 'value'\]"),
-        (json.dumps(COLUMNS), r"no columns \['value'\]"),
+        ("{}", r"missing columns \['run', 'model', 'layout', 'task', 'metric', 'value'\]"),
+        (json.dumps(COLUMNS), r"missing columns \['value'\]"),
         (json.dumps(COLUMNS | {"value": 1, "lenght": 5}), r"unknown columns \['lenght'\]"),
         (result().json()[:40], "Unterminated|Expecting"),
     ],
@@ -187,7 +187,7 @@ def test_a_broken_line_is_refused_with_its_place(tmp_path: Path, line: str, mess
 def test_all_broken_lines_are_named(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join([result().json(), "{", result().json(), "5", "{}"]))
-    with pytest.raises(ZebraError, match=r"line 2 is not a result: .*\. Nor are 2 others: lines 4, 5\."):
+    with pytest.raises(ZebraError, match=r"line 2 is not a result: .*\. Neither are 2 others: lines 4, 5\."):
         read_results(path)
 
 

@@ -139,7 +139,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     assert greedy(known, "GGGGGG", 3).count("G") == 3
     assert known.mean(chosen) == whole.mean(chosen)
     (tmp_path / "losses.jsonl").write_bytes(b"{}\n")
-    with pytest.raises(ZebraError, match="line 1 is no loss"):
+    with pytest.raises(ZebraError, match="line 1 is not a loss"):
         Losses(model, parts, WINDOW, folder=tmp_path)
 
 
@@ -313,7 +313,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"samples": 3}, "at least 4 samples"),
     ({"samples": 10**6}, r"sequences of 160 tokens in its documents, fewer than 1,000,000"),
     ({"window": 160}, "nothing is beyond a window of 160"),
-    ({"window": 0}, "a whole number of at least 1"),
+    ({"window": 0}, "an integer from 1"),
     ({"length": 600}, "600 tokens passes the 512 positions"),
     ({"text": [], "tasks": ["passkey"], "length": 40}, "passkey requires a length of at least"),
     ({"device": "moon"}, "no device 'moon'"),
@@ -370,11 +370,11 @@ def test_a_model_whose_layers_have_fixed_kinds_is_refused(checkpoints: Any) -> N
 def test_a_folder_keeps_to_its_inputs(tmp_path: Path) -> None:
     work = tmp_path / "work"
     select(STORIES, 4, work=work, order="once", **ARGUMENTS)
-    with pytest.raises(ZebraError, match="began with other inputs: sequences and window changed since"):
+    with pytest.raises(ZebraError, match="was created with other inputs: sequences and window changed since"):
         select(STORIES, 4, work=work, order="once", **ARGUMENTS | {"window": 40, "length": 161})
     with (
         selection_folder(work, json.loads((work / "inputs.json").read_text())),
-        pytest.raises(ZebraError, match="at work in"),
+        pytest.raises(ZebraError, match="another process is using"),
     ):
         select(STORIES, 4, work=work, **ARGUMENTS)
     (work / "inputs.json").write_text("[")

@@ -544,7 +544,7 @@ def test_models_that_cannot_have_self_extend_are_rejected(
 @pytest.mark.parametrize(
     ("rope", "setting", "words"),
     [
-        ("dynamic:2", SETTING, "a rope of type dynamic, whose frequencies change"),
+        ("dynamic:2", SETTING, "the rope type dynamic .* frequencies change"),
         (None, "3:512", "below the trained length"),
         (None, "0:8", "at least 1"),
         (None, "auto:100", "beyond the trained length"),

@@ -95,7 +95,7 @@ def test_of_is_inverse_to_layer_types(layers: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"window": 0, "pattern": "G"}, "at least 1 and below .*; got 0"),
+        ({"window": 0, "pattern": "G"}, r"from 1 to 2\^31 - 1; got 0"),
         ({"window": -5, "pattern": "G"}, "got -5"),
         ({"window": True, "pattern": "G"}, "got True"),
         ({"window": 2.0, "pattern": "G"}, r"got 2\.0"),
@@ -106,11 +106,11 @@ def test_of_is_inverse_to_layer_types(layers: int) -> None:
         ({"window": 8, "pattern": "GXL"}, "got 'GXL'"),
         ({"window": 8, "pattern": "gl"}, "got 'gl'"),
         ({"window": 8, "pattern": "GL\n"}, "letters G"),
-        ({"window": 8, "global_layers": ()}, "write the pattern L:8"),
+        ({"window": 8, "global_layers": ()}, "use the pattern L:8"),
         ({"window": 8, "global_layers": (1, 1)}, r"got \[1, 1\]"),
         ({"window": 8, "global_layers": (-1,)}, r"got \[-1\]"),
-        ({"window": 8, "global_layers": (0, True)}, "different whole numbers"),
-        ({"window": 8, "global_layers": (0.0,)}, "different whole numbers"),
+        ({"window": 8, "global_layers": (0, True)}, "distinct integers"),
+        ({"window": 8, "global_layers": (0.0,)}, "distinct integers"),
     ],
 )
 def test_refused_layouts(arguments: dict[str, Any], message: str) -> None:
@@ -121,21 +121,21 @@ def test_refused_layouts(arguments: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "stripes are written"),
+        ("", "stripes must be written"),
         ("GLLL", "got 'GLLL'"),
-        (":512", "stripes are written"),
-        ("GLLL:", "stripes are written"),
-        ("GLLL:512:3", "stripes are written"),
-        ("G,L:5", "stripes are written"),
-        ("0;4:5", "stripes are written"),
-        ("0,:5", "stripes are written"),
-        ("-1:5", "stripes are written"),
-        ("GLLL:1.5", "stripes are written"),
+        (":512", "stripes must be written"),
+        ("GLLL:", "stripes must be written"),
+        ("GLLL:512:3", "stripes must be written"),
+        ("G,L:5", "stripes must be written"),
+        ("0;4:5", "stripes must be written"),
+        ("0,:5", "stripes must be written"),
+        ("-1:5", "stripes must be written"),
+        ("GLLL:1.5", "stripes must be written"),
         ("GLLX:5", "got 'GLLX'"),
-        ("GLLL:0", "at least 1 and below"),
+        ("GLLL:0", r"from 1 to 2\^31"),
         ("GLLL:-3", "got -3"),
         ("3,3:4", r"got \[3, 3\]"),
-        ("GL:" + "9" * 5000, "stripes are written"),
+        ("GL:" + "9" * 5000, "stripes must be written"),
     ],
 )
 def test_refused_notation(text: str, message: str) -> None:
@@ -145,7 +145,7 @@ def test_refused_notation(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("stride", [0, -1, True, 2.0, "4"])
 def test_refused_stride(stride: Any) -> None:
-    with pytest.raises(ZebraError, match="stride is the number of layers in a group"):
+    with pytest.raises(ZebraError, match="the stride, the number of layers in a group, must"):
         Stripes.grouped(stride=stride, window=4)
 
 
@@ -175,9 +175,9 @@ def test_visible_pairs_is_the_count_of_the_mask() -> None:
 
 def test_sinks_are_part_of_the_layout() -> None:
     assert Stripes.parse("GLLL:512+4") == Stripes(512, "GLLL", sinks=4) != Stripes(512, "GLLL")
-    with pytest.raises(ZebraError, match=r"a list, one for each layer; got 'GLLL'"):
+    with pytest.raises(ZebraError, match=r"a list with one entry per layer; got 'GLLL'"):
         Stripes.of("GLLL", 9)
     assert Stripes.of((GLOBAL, LOCAL), 9, sinks=2) == Stripes.parse("GL:9+2")
     for sinks in (-1, True, 2**31, "4"):
-        with pytest.raises(ZebraError, match="sinks count the first tokens"):
+        with pytest.raises(ZebraError, match="sinks, the number of first tokens"):
             Stripes(9, "GL", sinks=sinks)  # type: ignore[arg-type]

@@ -128,9 +128,9 @@ class Conversation:
             ContextLengthError: the conversation with it does not fit into the context; the document is not added.
         """
         if not isinstance(text, str):
-            raise ZebraError(f"a document is a text; got a {type(text).__name__}. Give what it holds.")
+            raise ZebraError(f"a document must be a string; got a {type(text).__name__}. Pass its text.")
         if not text.strip():
-            raise ZebraError("the document has no text. Give another.")
+            raise ZebraError("the document has no text. Use another.")
         documents = [*self.documents, text]
         # The question is not known yet: the tokens that two different questions share precede any question.
         one, other = (self._encode([*self.messages, _question(letter, documents)]) for letter in "a1")
@@ -225,7 +225,7 @@ class Conversation:
 
     def _encode(self, messages: list[Message]) -> Tensor:
         """All messages as token IDs (N)."""
-        remedy = "Take a checkpoint that was tuned to converse."
+        remedy = "Use a checkpoint that was tuned for chat."
         return encode_messages(list(map(_with_documents, messages)), self.tokenizer, remedy=remedy)
 
     def _has_system(self) -> bool:
@@ -245,7 +245,8 @@ def _with_documents(message: Message) -> Message:
     texts = message.get("role"), message.get("content"), *message.get("documents", [])
     if not all(isinstance(text, str) for text in texts) or message.keys() - {"role", "content", "documents"}:
         raise ZebraError(
-            f"a message has a role and a content, both texts, maybe documents; got {str(message)[:60]}. Change it."
+            "a message must have a role and content, both strings, and no other field but documents, a list of "
+            f"strings; got {str(message)[:60]}. Fix it."
         )
     content = "\n\n".join([*message.get("documents", []), message["content"]])
     return {"role": message["role"], "content": content}

@@ -63,16 +63,16 @@ class Decoding:
                 continue
             fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
             if not (fits and (least <= value <= most or (name == "temperature" and value == 0))):
-                kind = "a whole number" if whole else "0 or a number" if name == "temperature" else "a number"
-                to = f" to {most:,}" if most < _MOST else ""
-                raise ZebraError(f"{name} is {kind} from {least:g}{to}; got {value!r}. Change it or leave it out.")
+                kind = "an integer" if whole else "0 or a number" if name == "temperature" else "a number"
+                to = f" to {most:,}" if most < _MOST else " up"
+                raise ZebraError(f"{name} must be {kind} from {least:g}{to}; got {value!r}. Change it or leave it out.")
         object.__setattr__(self, "stop", tuple(names_of(self.stop)))  # a single string is not split into letters
         if not all(self.stop):
-            raise ZebraError("a stop string has at least one character; got an empty one. Leave it out.")
+            raise ZebraError("a stop string must have at least one character; got an empty one. Leave it out.")
         if self.temperature == 0 and (filters := [name for name in _FILTERS if getattr(self, name) is not None]):
             raise ZebraError(
-                f"{', '.join(filters)} filter what is drawn, and temperature 0 draws nothing. Raise it, for example to "
-                "0.8."
+                f"{', '.join(filters)} filter the tokens to sample from, and temperature 0 does not sample. Raise the "
+                "temperature, for example to 0.8."
             )
 
     def to_generation_config(self, **tokens: Any) -> GenerationConfig:

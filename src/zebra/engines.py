@@ -54,21 +54,21 @@ ENGINES: dict[str, dict[str, Support]] = {
     "qwen2": {
         "llama.cpp": Support(EXACT, "as granite_swa"),
         "MLX": _FULL_IN_MLX,
-        "vLLM": Support(FLAG, "refuses without", _BY_TRANSFORMERS),
+        "vLLM": Support(FLAG, "refuses without it", _BY_TRANSFORMERS),
     },
     "qwen3": {
         "llama.cpp": Support(EXACT, _ONE_EXPERT),
         "MLX": _FULL_IN_MLX,
-        "vLLM": Support(FLAG, "refuses without", _BY_TRANSFORMERS),
+        "vLLM": Support(FLAG, "refuses without it", _BY_TRANSFORMERS),
     },
     "qwen2_moe": {
         "llama.cpp": Support(REFUSES, "no architecture has its gated shared expert and a window for some layers"),
         "MLX": Support(REFUSES, _NO_MLX),
-        "vLLM": Support(FLAG, "full attention in every layer without", _BY_TRANSFORMERS, silent=True),
+        "vLLM": Support(FLAG, "full attention in every layer without it", _BY_TRANSFORMERS, silent=True),
     },
     "mellum": {
-        "llama.cpp": Support(EXACT, "where both kinds of layers have one base, and all have experts"),
-        "MLX": Support(EXACT, "where all layers have experts"),
+        "llama.cpp": Support(EXACT, "if both kinds of layers have the same RoPE base, and all have experts"),
+        "MLX": Support(EXACT, "if all layers have experts"),
         "vLLM": Support(EXACT, "after `zebra export`; fails on a folder of `zebra convert`"),
     },
     "gemma2": {
@@ -84,7 +84,7 @@ ENGINES: dict[str, dict[str, Support]] = {
     "cohere2": {
         "llama.cpp": Support(EXACT, _PERIOD),
         "MLX": Support(EXACT, _PERIOD),
-        "vLLM": Support(FLAG, "one key too many without", _BY_TRANSFORMERS, silent=True),
+        "vLLM": Support(FLAG, "one key too many without it", _BY_TRANSFORMERS, silent=True),
     },
     "olmo3": {
         "llama.cpp": Support(EXACT, f"as olmo2, {_PERIOD}"),
@@ -92,14 +92,14 @@ ENGINES: dict[str, dict[str, Support]] = {
         "vLLM": Support(EXACT),
     },
     "granite_swa": {
-        "llama.cpp": Support(EXACT, "where all ropes have one base"),
+        "llama.cpp": Support(EXACT, "if all RoPEs have the same base"),
         "MLX": Support(REFUSES, _NO_MLX),
         "vLLM": Support(EXACT),
     },
     "gpt_oss": {
         "llama.cpp": Support(EXACT, _PERIOD),
-        "MLX": Support(REFUSES, "it reads experts of 4 bits alone"),
-        "vLLM": Support(FLAG, "wrong without, also within the window", _BY_TRANSFORMERS, silent=True),
+        "MLX": Support(REFUSES, "it supports only 4-bit experts"),
+        "vLLM": Support(FLAG, "wrong without it, also within the window", _BY_TRANSFORMERS, silent=True),
     },
 }
 """Support by `model_type` and engine. For llama.cpp and MLX it is that of what `zebra export` writes."""
@@ -113,10 +113,10 @@ def warning(family: str) -> str | None:
     """
     for engine, support in ENGINES.get(family, {}).items():
         if support.silent:
-            text = f"{engine} would run this {family} wrongly and in silence"
+            text = f"{engine} would run this {family} wrongly, without an error"
             if support.flag:
-                return f"{text} without {support.flag}. Serve it with that."
-            return f"{text}, with full attention in every layer. Serve it with another engine."
+                return f"{text}, unless started with {support.flag}. Use this flag."
+            return f"{text}: with full attention in every layer. Use another engine."
     return None
 
 

@@ -32,7 +32,7 @@ def check_names(names: Iterable[str], known: Iterable[str]) -> None:
     every = [*known]
     for name in names:
         if name not in every:
-            remedy = did_you_mean(name, every, f"there are {', '.join(every)}.")
+            remedy = did_you_mean(name, every, f"the options are {', '.join(every)}.")
             raise ZebraError(f"there is no option {name!r}; {remedy}")
 
 
@@ -64,8 +64,8 @@ def printable(text: str) -> str:
 
 _REMEDIES = {
     errno.ENOSPC: "Free some space.",
-    errno.EDQUOT: "Free some of the quota.",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name a path that this user can write."),
+    errno.EDQUOT: "Free some quota.",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Use a path that this user can write to."),
 }
 _DISK = re.compile(r"PytorchStreamWriter|unexpected pos \d|iostream error|I/O error|\d requested and \d+ written")
 """What torch, safetensors and numpy say if a file cannot be written."""
@@ -80,14 +80,14 @@ def machine_fault(error: BaseException) -> str | None:
     """
     text = str(error)
     if type(error).__module__ == "pyo3_runtime":
-        return f"a library of Rust gave up, a tokenizer's pattern perhaps: {text}. Take another tokenizer or text."
+        return f"a Rust library panicked, perhaps on a tokenizer's pattern: {text}. Use another tokenizer or text."
     if not isinstance(error, Exception):
         return None
     if isinstance(error, MemoryError) or _MEMORY.search(text):
         amount = re.search(r"allocate ([\d.,]+ \w+)", text)
         return (
-            f"out of memory{f', at {amount[1]} more' if amount else ''}. Take a shorter length, a smaller batch, "
-            "--dtype bfloat16 or a device with more; for a recipe, --dry-run estimates what it needs."
+            f"out of memory{f' when allocating {amount[1]}' if amount else ''}. Use a shorter length, a smaller batch, "
+            "--dtype bfloat16 or a device with more memory; for a recipe, --dry-run estimates the memory."
         )
     number = error.errno if isinstance(error, OSError) else None
     if number is None and (within := re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", text)):  # of Rust, of shutil
@@ -95,7 +95,7 @@ def machine_fault(error: BaseException) -> str | None:
     if number is not None:
         where = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
         remedy = _REMEDIES.get(number, "")
-        return f"{os.strerror(number)}{where}. {remedy} Nothing half-written was left."
+        return f"{os.strerror(number)}{where}. {remedy} No partial output was left."
     if _DISK.search(text):
-        return f"a file cannot be written, is the disk full? ({first_line(error)}) Nothing half-written was left."
+        return f"a file cannot be written, is the disk full? ({first_line(error)}) No partial output was left."
     return None

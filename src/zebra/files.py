@@ -104,7 +104,7 @@ def read_log(file: Path, parse: Callable[[dict[str, Any]], None], noun: str) -> 
             parse(dict(json.loads(line)))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ZebraError(
-                f"{file}, line {number} is no {noun}. Remove the line to measure it again, or name another folder."
+                f"{file}, line {number} is not a {noun}. Remove the line to measure it again, or name another folder."
             ) from None
 
 
@@ -251,8 +251,8 @@ def check_inputs(file: Path, inputs: Mapping[str, object], *, instead: str, part
     changed = [name for name in changed if name]
     if changed:
         raise ZebraError(
-            f"{file.parent} began with other inputs: {' and '.join(changed)} changed since. "
-            f"Restore them to go on with it, or {instead}."
+            f"{file.parent} was created with other inputs: {' and '.join(changed)} changed since. "
+            f"Restore them to resume it, or {instead}."
         )
 
 
@@ -310,7 +310,7 @@ def directory_lock(directory: Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ZebraError(f"another process is at work in {directory}. Wait for it, or name another.") from None
+                raise ZebraError(f"another process is using {directory}. Wait for it, or name another.") from None
         try:
             yield
         finally:

@@ -110,11 +110,11 @@ def generate(
     loading, rest = LoadOptions.of(options, Decoding)
     decoding = Decoding(**rest)
     if not isinstance(prompt, str):
-        raise ZebraError(f"a prompt is one text; got a {type(prompt).__name__}. Call it once for each text.")
+        raise ZebraError(f"the prompt must be a string; got a {type(prompt).__name__}. Pass one text per call.")
     if not prompt:
         raise ZebraError("the prompt is empty. Give at least one character.")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ZebraError("the prompt holds half a surrogate pair: its bytes were not UTF-8. Give it in UTF-8.")
+        raise ZebraError("the prompt has an unpaired surrogate: its bytes were not UTF-8. Encode it as UTF-8.")
     config, tokenizer = loading.config_and_tokenizer(model, tokenizer)
     loaded = model if isinstance(model, PreTrainedModel) else None
     setting = loading.self_extend_setting(config) if loaded is None else self_extend_of(loaded)
@@ -311,12 +311,12 @@ def _warn_beyond(config: PreTrainedConfig, setting: SelfExtend | None, rope: Rop
     if longest is None or prompt + new <= longest:
         return
     limit = "positions that this model was trained for"
-    remedy = f"or take {ways_beyond(config, setting, rope)}"
+    remedy = f"or use {ways_beyond(config, setting, rope)}"
     if setting is not None:
-        limit = f"that Self-Extend {setting} takes this model to"
-        remedy = f"raise the group, or write auto:{prompt + new}"
+        limit = f"positions that this model reads with Self-Extend {setting}"
+        remedy = f"raise the group, or use auto:{prompt + new}"
     warnings.warn(
-        f"{prompt:,} tokens of prompt and up to {new:,} new ones pass the {longest:,} {limit}: the text may become "
+        f"{prompt:,} prompt tokens and up to {new:,} new tokens exceed the {longest:,} {limit}: the text may become "
         f"noise. Shorten them, {remedy}.",
         stacklevel=3,
     )

@@ -63,7 +63,7 @@ _OTHER |= {"rope.scaling.finetuned", "attention.sliding_window_pattern"}
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
 """Layers of the 27B Gemmas: their `query_pre_attn_scalar`, which no file has, is hidden_size / heads, else head_dim."""
 
-ORIGINAL = "Take the original checkpoint instead."
+ORIGINAL = "Use the original checkpoint instead."
 """The remedy if a GGUF file lacks information."""
 
 
@@ -118,7 +118,9 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = GgufHeader(path, *_parse(data))
     except (struct.error, ValueError, OverflowError, KeyError) as error:  # ValueError: an empty file, broken UTF-8
-        raise ZebraError(f"{path} is no GGUF file of version 2 or 3, or is damaged: {error}. Copy it again.") from None
+        raise ZebraError(
+            f"{path} is not a GGUF file of version 2 or 3, or it is damaged: {error}. Copy it again."
+        ) from None
     parts = header.metadata.get("split.count", 0)
     if parts not in (0, 1) or (re.search(r"-\d{5}-of-\d{5}\.gguf$", path.name) and parts != 1):
         raise ZebraError(
@@ -128,7 +130,7 @@ def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     if kind != "model" or header.architecture not in ARCHITECTURES:
         what = f"of architecture {header.architecture!r}" if kind == "model" else f"of type {kind!r}"
         raise ZebraError(
-            f"{path} is a GGUF file {what}; those of the models {', '.join(ARCHITECTURES)} are read. {ORIGINAL}"
+            f"{path} is a GGUF file {what}; the supported architectures are {', '.join(ARCHITECTURES)}. {ORIGINAL}"
         )
     return header
 
@@ -214,7 +216,7 @@ def config_fields(header: GgufHeader) -> dict[str, Any]:
     others = [names.get(key, key) for key in numbers if not isinstance(values.get(key, 0), int | float)]
     sizes = ("max_position_embeddings", "num_hidden_layers", "hidden_size", "num_attention_heads")
     if absent := others + [name for name in sizes if not fields.get(name)]:
-        raise ZebraError(f"{header.path} has no number {absent[0]} that holds for all layers. {ORIGINAL}")
+        raise ZebraError(f"{header.path} does not have {absent[0]} as one number for all layers. {ORIGINAL}")
     embedding = header.tensors.get(_EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         raise ZebraError(f"{header.path} has no matrix {_EMBEDDING}. {ORIGINAL}")
@@ -224,7 +226,9 @@ def config_fields(header: GgufHeader) -> dict[str, Any]:
         values.get("rope.dimension_count", head_dim) != head_dim
         or values.get("attention.value_length", head_dim) != head_dim
     ):
-        raise ZebraError(f"{header.path} rotates a part of each head, or has values of another width. {ORIGINAL}")
+        raise ZebraError(
+            f"{header.path} has partial RoPE or a different width of values, which is not supported. {ORIGINAL}"
+        )
     if header.architecture in ("llama", "qwen3"):
         fields["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     if header.architecture in _LAYERS_OF_27B:
@@ -261,7 +265,9 @@ def _rope(header: GgufHeader, values: dict[str, Any], head_dim: int) -> dict[str
     elif kind in ("linear", "yarn"):
         rope |= {"rope_type": kind} | {name: values[key] for key, name in _ROPE.items() if key in values}
     elif kind != "none":
-        raise ZebraError(f"{header.path} has a rope of type {kind!r}, which its metadata describes in part. {ORIGINAL}")
+        raise ZebraError(
+            f"{header.path} has rope type {kind!r}, which its metadata does not describe completely. {ORIGINAL}"
+        )
     if header.architecture == "gemma3":  # the rope of local layers is fixed, and not in the file
         return {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
     return rope
@@ -282,4 +288,4 @@ def _llama3_rope(header: GgufHeader, theta: float, head_dim: int) -> dict[str, A
         expected = [1 / ((1 - ramp) / rope["factor"] + ramp) for ramp in ramps]
         if all(math.isclose(*pair, rel_tol=1e-4) for pair in zip(factors, expected, strict=True)):
             return {"rope_type": "llama3", "original_max_position_embeddings": 8192} | rope
-    raise ZebraError(f"{header.path}: {ROPE_FACTORS} is no rope of Llama 3.1, the one that is known. {ORIGINAL}")
+    raise ZebraError(f"{header.path}: {ROPE_FACTORS} is not the rope of Llama 3.1, the only one supported. {ORIGINAL}")

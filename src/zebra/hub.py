@@ -73,7 +73,7 @@ def _download(name: str, weights: bool, subfolder: str, arguments: tuple[tuple[s
             directory = fetch(*kinds, "*.bin")
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise ZebraError(
-            f"there is no directory {name}, and no checkpoint of that name in the hub or its cache: "
+            f"there is no directory {name}, and no checkpoint of that name on the hub or in its cache: "
             f"{first_line(error)} Correct the path or the name."
         ) from None
     return directory

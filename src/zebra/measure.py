@@ -111,7 +111,7 @@ def local_layer(device: str, dtype: str, *, size: int, repeats: int) -> list[Res
     calls = {name: _layer(device, dtype, size, attention) for name, attention in attentions.items()}
     error = relative_error(*(call() for call in calls.values()))
     if not error <= TOLERANCE[dtype]:
-        raise ZebraError(f"our local layer differs from sdpa by {error:.1e}, more than {TOLERANCE[dtype]:.0e}.")
+        raise ZebraError(f"zebra's local layer differs from sdpa by {error:.1e}, more than {TOLERANCE[dtype]:.0e}.")
     task = f"bench attention: window {window}, {HEADS} heads of {HEAD_DIM}, {dtype}"
     common: Any = {"run": "doctor", "layout": f"L:{window}", "task": task, "length": size, "n": repeats}
     common |= {"device": device_name(device), "metric": "milliseconds_forward_backward"}

@@ -81,8 +81,8 @@ class SelfExtend:
         for count in (self.group, self.window):
             if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 2**31:
                 raise ZebraError(
-                    "Self-Extend takes a group G and a window W, whole numbers of at least 1; "
-                    f"got {self.group!r}:{self.window!r}. Write for example 8:1024."
+                    "Self-Extend requires a group G and a window W, both integers from 1 to 2^31 - 1; "
+                    f"got {self.group!r}:{self.window!r}. Use for example 8:1024."
                 )
 
     @classmethod
@@ -95,8 +95,8 @@ class SelfExtend:
         match = re.fullmatch(r"\s*(?:(auto)|([0-9]{1,10}))\s*:\s*([0-9]{1,10})\s*(:\s*log)?\s*", str(text))
         if match is None or (match[1] and (trained is None or match[4])):
             raise ZebraError(
-                f"Self-Extend is written GROUP:WINDOW, or auto:TARGET where the trained length is known; got {text!r}. "
-                "Write for example 8:1024 or auto:16384."
+                f"Self-Extend must be GROUP:WINDOW, or auto:TARGET if the trained length is known; got {text!r}. "
+                "Use for example 8:1024 or auto:16384."
             )
         if match[1] and trained is not None:
             return suggest(trained, int(match[3]))
@@ -120,7 +120,7 @@ class SelfExtend:
         """
         if self.window >= trained:
             raise ZebraError(
-                f"Self-Extend's window is below the trained length, which it shares with the far part; got {self} for "
+                f"Self-Extend's window must be below the trained length; got {self} for "
                 f"a model trained at {trained:,} tokens. Lower the window, for example to {max(1, trained // 4)}."
             )
 
@@ -141,12 +141,13 @@ def suggest(trained: int, target: int) -> SelfExtend:
     """
     if trained < 8:
         raise ZebraError(
-            f"Self-Extend divides a trained length of at least 8 tokens; this model's is {trained}. Drop it."
+            f"auto:TARGET of Self-Extend requires a trained length of at least 8 tokens; this model has {trained}. "
+            "Use GROUP:WINDOW, or drop Self-Extend."
         )
     if not trained < target < 2**31:
         raise ZebraError(
-            f"a target of Self-Extend is beyond the trained length and below 2^31; got {target:,} for a model trained "
-            f"at {trained:,} tokens, which reads that much as it is. Raise the target, or drop Self-Extend."
+            f"the target of Self-Extend must be above the trained length and below 2^31; got {target:,} for a model "
+            f"trained at {trained:,} tokens. Change the target, or drop Self-Extend."
         )
     window = trained // 4
     smallest = (target - window) / (trained / 2 - window)
@@ -204,17 +205,17 @@ def check_rotatable_rope(family: str, kind: str | None) -> None:
     """
     if kind is None:
         raise ZebraError(
-            f"Self-Extend rotates rotary embeddings, and this {family} has none of transformers' kind: its positions "
-            "are learned, ALiBi, or computed in the attention itself."
+            f"Self-Extend requires rotary embeddings as transformers implements them, and this {family} has none: its "
+            "positions are learned, ALiBi, or computed in the attention itself."
         )
     if kind in LENGTH_DEPENDENT:
         raise ZebraError(
-            f"this {family} has a rope of type {kind}, whose frequencies change with the text's length, so that cached "
-            "keys could not be rotated again. Self-Extend serves default, linear, llama3 and yarn."
+            f"Self-Extend does not support the rope type {kind} of this {family}: its frequencies change with the "
+            "text's length, so cached keys cannot be rotated again. It supports default, linear, llama3 and yarn."
         )
 
 
-def no_global_layer(family: str, remedy: str = "Take a layout with a global layer, or drop Self-Extend.") -> ZebraError:
+def no_global_layer(family: str, remedy: str = "Use a layout with a global layer, or drop Self-Extend.") -> ZebraError:
     """The error for a model in which no layer is left to extend."""
     return ZebraError(
         f"this {family} has no global layer with a rotary embedding, so Self-Extend has nothing to extend: local "

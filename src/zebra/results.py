@@ -115,13 +115,11 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
             lines, and the fault of the first.
     """
     if not Path(path).is_file():
-        raise ZebraError(
-            f"there is no file of results at {path}. Give a results.jsonl or a run directory that has one."
-        )
+        raise ZebraError(f"there is no results file at {path}. Give a results.jsonl or a run directory that has one.")
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ZebraError(f"{path} is not a file of results: it is not UTF-8 at byte {error.start}.") from None
+        raise ZebraError(f"{path} is not a results file: it is not UTF-8 at byte {error.start}.") from None
     results, faults = [], {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -134,7 +132,7 @@ def read_results(path: str | os.PathLike[str]) -> list[Result]:
             faults[number] = str(error)
     if faults:
         first, *others = faults
-        more = f" Nor are {len(others):,} others: lines {', '.join(map(str, others[:9]))}." if others else ""
+        more = f" Neither are {len(others):,} others: lines {', '.join(map(str, others[:9]))}." if others else ""
         remedy = f"Remove {'those lines' if others else 'that line'}, or give another file."
         raise ZebraError(f"{path}, line {first} is not a result: {faults[first]}.{more} {remedy}")
     return results
@@ -147,14 +145,14 @@ def _parse(line: str, origin: str) -> Result:
     if unknown := sorted(set(columns) - set(COLUMNS)):
         raise ValueError(f"unknown columns {unknown}")
     if missing := [name for name in _REQUIRED if name not in columns]:
-        raise ValueError(f"no columns {missing}")
+        raise ValueError(f"missing columns {missing}")
     if columns["value"] is None:  # it was not finite
         columns["value"] = math.nan
     result = Result(**columns, origin=origin)
     for column in COLUMNS:
         value = getattr(result, column)
         if isinstance(value, bool) or not isinstance(value, _TYPES[column]) or not _in_range(column, value):
-            raise ValueError(f"the column {column} holds {str(value)[:40]!r}")
+            raise ValueError(f"the column {column} cannot be {str(value)[:40]!r}")
     return result
 
 

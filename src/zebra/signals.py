@@ -26,7 +26,7 @@ def raising_terminated() -> Iterator[None]:
     """Raise `Terminated` on SIGTERM, so that temporary files are removed as after an interrupt."""
 
     def end(*_: object) -> None:
-        raise Terminated("terminated. Nothing half-written was left; the same command goes on where it can.")
+        raise Terminated("terminated. No partial output was left; the same command resumes where it can.")
 
     with _handled(end, signal.SIGTERM):
         yield

@@ -63,10 +63,7 @@ class Step:
 def check_streamed(decoding: Decoding) -> None:
     """Raise a ZebraError for beam search, which cannot be streamed."""
     if decoding.num_beams != 1:
-        raise ZebraError(
-            f"an answer comes token by token, and beams are chosen at its end; got num_beams={decoding.num_beams}. "
-            "Leave it out."
-        )
+        raise ZebraError(f"beam search does not support streaming; got num_beams={decoding.num_beams}. Leave it out.")
 
 
 def context_room(model: PreTrainedModel, tokens: int) -> int | None:
@@ -82,7 +79,7 @@ def context_room(model: PreTrainedModel, tokens: int) -> int | None:
     ways = ways_beyond(model.config, setting, as_rope(None))
     target = 1 << tokens.bit_length()
     raise ContextLengthError(
-        f"the conversation has {tokens:,} tokens, and this model reads {reach:,}, with the answer. Shorten it, or "
+        f"the conversation has {tokens:,} tokens, but this model reads {reach:,}, including the answer. Shorten it, or "
         f"load the model with {ways.replace('Self-Extend', f'Self-Extend (--self-extend auto:{target})', 1)}."
     )
 

@@ -56,35 +56,34 @@ class Stripes:
     def __post_init__(self) -> None:
         if not _is_int(self.window) or not 1 <= self.window < 2**31:
             raise ZebraError(
-                f"a window counts the keys that a query sees, its own included, so it is a whole number of at least 1 "
-                f"and below 2^31; got {self.window!r}. Give a window such as 512."
+                "the window, the number of keys that a query sees including its own, must be an integer from 1 to "
+                f"2^31 - 1; got {self.window!r}. Use a window such as 512."
             )
         if not _is_int(self.sinks) or not 0 <= self.sinks < 2**31:
             raise ZebraError(
-                "sinks count the first tokens of a text that local layers always see, a whole number of at least 0; "
-                f"got {self.sinks!r}. Give a few, such as 4."
+                "sinks, the number of first tokens that local layers always see, must be an integer from 0 to "
+                f"2^31 - 1; got {self.sinks!r}. Use a few, such as 4."
             )
         if (self.pattern is None) == (self.global_layers is None):
             raise ZebraError(
-                "a layout is either a pattern or a list of global layers; "
+                "a layout must be either a pattern or a list of global layers; "
                 f"got pattern={self.pattern!r} and global_layers={self.global_layers!r}. Give exactly one."
             )
         if self.pattern is not None and not re.fullmatch(r"[GL]+", self.pattern):
             raise ZebraError(
-                f"a pattern names at least one layer, with the letters G (global) and L (local); got {self.pattern!r}. "
-                "Write for example GLLL."
+                f"a pattern must name at least one layer, with the letters G (global) and L (local); got "
+                f"{self.pattern!r}. Use for example GLLL."
             )
         if self.global_layers is not None:
             layers = tuple(self.global_layers)
             if not layers:
                 raise ZebraError(
-                    "a list of global layers names at least one layer; got none. "
-                    f"For local layers only, write the pattern L:{self.window}."
+                    "a list of global layers must name at least one layer; got none. "
+                    f"For local layers only, use the pattern L:{self.window}."
                 )
             if len(set(layers)) != len(layers) or not all(_is_int(i) and i >= 0 for i in layers):
                 raise ZebraError(
-                    f"global layers are different whole numbers counted from 0; got {list(layers)}. "
-                    "Name each layer once."
+                    f"global layers must be distinct integers of at least 0; got {list(layers)}. Name each layer once."
                 )
             object.__setattr__(self, "global_layers", tuple(sorted(layers)))
 
@@ -93,8 +92,8 @@ class Stripes:
         """The paper's layout: layer `i` is global iff `i % stride == 0`, so each group starts with its global layer."""
         if not _is_int(stride) or stride < 1:
             raise ZebraError(
-                f"the stride is the number of layers in a group, at least 1; got {stride!r}. "
-                "Give 4 for one global layer in four."
+                f"the stride, the number of layers in a group, must be an integer of at least 1; got {stride!r}. "
+                "Use 4 for one global layer in four."
             )
         return cls(window=window, pattern="G" + "L" * (stride - 1))
 
@@ -106,8 +105,8 @@ class Stripes:
         match = re.fullmatch(rf"{layers_of}:\s*(-?{number})\s*(?:\+\s*({number})\s*)?", str(text))
         if match is None:
             raise ZebraError(
-                f"stripes are written PATTERN:WINDOW or LAYERS:WINDOW, and +SINKS where there are any; got {text!r}. "
-                "Write for example GLLL:512, 0,4,9,31:1024, or GLLL:512+4."
+                f"stripes must be written PATTERN:WINDOW or LAYERS:WINDOW, optionally with +SINKS; got {text!r}. "
+                "Use for example GLLL:512, 0,4,9,31:1024, or GLLL:512+4."
             )
         pattern, layers, window, sinks = match.groups(default="")
         if pattern:
@@ -119,7 +118,8 @@ class Stripes:
         """The layout with these layer types: a pattern if one repeats or is the paper's, else the global layers."""
         if isinstance(layer_types, str):
             raise ZebraError(
-                f"layer types are a list, one for each layer; got {layer_types!r}. Parse it as {layer_types}:{window}."
+                f"layer types must be a list with one entry per layer; got {layer_types!r}. "
+                f'Use Stripes.parse("{layer_types}:{window}").'
             )
         letters = layer_letters(layer_types)
         for period in range(1, len(letters) + 1):
@@ -133,7 +133,9 @@ class Stripes:
     def layer_types(self, n: int) -> tuple[str, ...]:
         """The kind of each of `n` layers, as in `config.layer_types`."""
         if n < 1:
-            raise ZebraError(f"a model has at least one layer; got {n}. Check num_hidden_layers in its config.json.")
+            raise ZebraError(
+                f"a model must have at least one layer; got {n}. Check num_hidden_layers in its config.json."
+            )
         if self.pattern is not None:
             return tuple(GLOBAL if self.pattern[i % len(self.pattern)] == "G" else LOCAL for i in range(n))
         layers = self.global_layers or ()

@@ -80,7 +80,7 @@ _UsageError: Any = typer.BadParameter.__base__
 def main() -> None:
     """The command `zebra`: an error is one line and exit code 2, a failed check 1, an interrupt 130, SIGTERM 143."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's own switch: large tensors in pages of 2 MiB
-    interrupted = "interrupted. Nothing half-written was left; the same command goes on where it can."
+    interrupted = "interrupted. No partial output was left; the same command resumes where it can."
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name must not lose the results beside it, as on stderr
     try:
