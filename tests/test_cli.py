@@ -189,7 +189,7 @@ BAD = {
     ),
     "full decoding with nothing decoded": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--stripes", "GL:2", "--full-decode"],
-        ["Give a prompt, such as 2 (--prompt)"],
+        ["Set a prompt, such as 2 (--prompt)"],
     ),
     "missing recipe": (["adapt", "nothing.yaml"], ["nothing.yaml cannot be read"]),
     "unknown key": (["adapt", "recipe.yaml", "--set", "train.lenght=9"], ["unknown key train.lenght", "length"]),

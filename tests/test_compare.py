@@ -273,7 +273,7 @@ def test_the_command_prints_tables_and_the_advice(comparison: FinishedRun, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--with", "colour=red"), "a method is OPTION=VALUE"),
+        (("--with", "colour=red"), "a method must be OPTION=VALUE"),
         (("--methods", "nope"), "the methods at this length are"),
         (("--task", "nope"), "the task must be one of"),
         (("--windows", 0), "--windows"),

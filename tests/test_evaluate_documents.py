@@ -76,7 +76,7 @@ def test_braces_stay_as_they_are(tokenizer: Any) -> None:
 
 
 def test_a_question_without_room_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(ZebraError, match=r"the question of one takes \d+ tokens .* room for 20 in all"):
+    with pytest.raises(ZebraError, match=r"the prompt of one takes \d+ tokens .* only 20 are available"):
         Prompts(tokenizer).fitting(item(), 20)
     with pytest.raises(ZebraError, match="once each; got 'tell me'"):
         Prompts(tokenizer, "tell me")
@@ -300,7 +300,7 @@ def test_a_model_that_says_the_answer_scores_all(file: Path, tokenizer: Any, mon
         "zebra.evaluate.documents.greedy_answers", lambda *_, **__: ["Dog!", "a dog", "cow", "cat", "giraffe"]
     )
     monkeypatch.setattr(EvalTarget, "load", lambda self: Deaf(tokenizer).eval())
-    with pytest.warns(UserWarning, match="a length of .* passes the 512 positions"):
+    with pytest.warns(UserWarning, match="a length of .* exceeds the 512 positions"):
         rows, outcomes = evaluate_documents(STORIES, file, beyond=True, answer_tokens=300)
     by_metric = {row.metric: row for row in rows}
     assert by_metric["f1"].value == pytest.approx(4 / 5)
@@ -311,14 +311,14 @@ def test_a_model_that_says_the_answer_scores_all(file: Path, tokenizer: Any, mon
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"score": "recall"}, "the scores are generate and likelihood; got 'recall'"),
-    ({"answer_tokens": 0}, "at least 1 token; got answer_tokens 0"),
-    ({"lengths": [300, 600]}, "600 tokens passes the 512 positions .*--beyond"),
-    ({"limit": 0}, "at least 1 item is measured; got a limit of 0"),
+    ({"score": "recall"}, "score must be generate or likelihood; got 'recall'"),
+    ({"answer_tokens": 0}, "answer_tokens must be at least 1; got 0"),
+    ({"lengths": [300, 600]}, "600 tokens exceeds the 512 positions .*--beyond"),
+    ({"limit": 0}, "limit must be at least 1; got 0"),
     ({"rope": "dynamic:2"}, "a rope of type dynamic changes its frequencies"),
     ({"device": "moon"}, "no device 'moon'"),
     ({"self_extend": "4:700"}, "below the trained length"),
-    ({"lengths": [140]}, "Take a longer length"),
+    ({"lengths": [140]}, "Use a longer length"),
 ]
 
 

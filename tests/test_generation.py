@@ -257,7 +257,7 @@ def test_a_chat_template_is_used_where_there_is_one(model: Any) -> None:
 
 
 def test_a_text_beyond_the_trained_length_is_warned_of_once(model: Any, long: str) -> None:
-    with pytest.warns(UserWarning, match=r"pass the 512 positions .* yarn:8") as warned:
+    with pytest.warns(UserWarning, match=r"exceed the 512 positions .* yarn:8") as warned:
         zebra.generate(model, long * 2, max_new_tokens=5)
     assert len(warned) == 1
     with warnings.catch_warnings():

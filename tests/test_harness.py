@@ -194,22 +194,22 @@ def test_our_tasks_are_solved_by_a_model_that_knows_the_answers(
 
 
 BROKEN = {
-    "no data": (TASK, "the data of the task tiny_ends are not there: .*gone.jsonl.*data_files"),
+    "no data": (TASK, "the data of the task tiny_ends do not exist: .*gone.jsonl.*data_files"),
     "of the hub": (
         "task: tiny_hub\ndataset_path: nobody/nothing\noutput_type: multiple_choice\ntest_split: test\n",
         "the data of the task tiny_hub are not on this machine.*'nobody/nothing'.*lm_eval run --model dummy",
     ),
     "no package": (
         "task: tiny_import\ndataset_path: ''\ncustom_dataset: !function lacks.build\n",
-        "the task tiny_import needs packages that are not installed: .*no_such_package",
+        "the task tiny_import requires packages that are not installed: .*no_such_package",
     ),
     "fetches": (
         "task: tiny_fetch\ndataset_path: ''\ncustom_dataset: !function fetch.build\n",
-        "the data of the task tiny_fetch are not on this machine, and nothing is downloaded here",
+        "the data of the task tiny_fetch are not on this machine, and zebra downloads nothing here",
     ),
     "broken": (
         "task: tiny_broken\ndataset_path: ''\ncustom_dataset: !function fetch.wrong\n",
-        "the task tiny_broken cannot be made: ZeroDivisionError",
+        "the task tiny_broken cannot be built: ZeroDivisionError",
     ),
 }
 
@@ -267,14 +267,14 @@ def test_the_surroundings_come_back(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"tasks": ["zebra-needles"], "lengths": [300]}, "our tasks are zebra-passkey, .*got 'zebra-needles'"),
-    ({"tasks": ["zebra-needle"]}, "zebra-needle makes texts of a length. Give --length"),
+    ({"tasks": ["zebra-needles"], "lengths": [300]}, "zebra's tasks are zebra-passkey, .*got 'zebra-needles'"),
+    ({"tasks": ["zebra-needle"]}, "zebra-needle requires lengths for its texts; got none. Give --length"),
     ({"tasks": ["zebra-needle"], "lengths": [40]}, "needle requires a length of at least"),
-    ({"tasks": ["tiny_ends"], "lengths": [300]}, "none of tiny_ends takes a length"),
+    ({"tasks": ["tiny_ends"], "lengths": [300]}, "none of tiny_ends supports a length"),
     ({"tasks": ["zebra-passkey"], "lengths": [510], "limit": 1}, "1 of 1 of zebra-passkey.*--cut.*--beyond"),
     ({"tasks": ["tiny_ends"], "cut": True, "beyond": True}, "got both"),
-    ({"tasks": ["tiny_ends"], "limit": 0}, "a limit of 0"),
-    ({"tasks": ["tiny_ends"], "shots": -1}, "-1 shots"),
+    ({"tasks": ["tiny_ends"], "limit": 0}, "limit=0"),
+    ({"tasks": ["tiny_ends"], "shots": -1}, "shots=-1"),
     ({"tasks": ["tiny_ends"], "chat": True}, "no chat template"),
     ({"tasks": ["tiny_ends"], "include": "nowhere"}, "no folder at nowhere"),
     ({"tasks": ["tiny_ends"], "rope": "dynamic:2"}, "a rope of type dynamic"),
@@ -292,15 +292,15 @@ def test_bad_input_is_refused_before_the_model_is_loaded(
 
 def test_too_long_is_cut_or_run_when_told() -> None:
     kwargs: dict[str, Any] = {"tasks": ["zebra-passkey"], "lengths": [520], "limit": 1}
-    with pytest.warns(UserWarning, match=r"pass the 512 positions .* lose their beginnings: 1 of 1"):
+    with pytest.warns(UserWarning, match=r"exceed the 512 positions .* truncated on the left: 1 of 1"):
         (cut,) = evaluate_tasks(STORIES, cut=True, **kwargs)
-    with pytest.warns(UserWarning, match="what is measured there is how it fails"):
+    with pytest.warns(UserWarning, match="results beyond them show how it fails"):
         (whole,) = evaluate_tasks(STORIES, beyond=True, **kwargs)
     assert cut.length == whole.length == 520
 
 
 def test_full_decoding_does_not_show_in_what_is_read(folder: Path) -> None:
-    with pytest.warns(UserWarning, match="the harness reads requests whole"):
+    with pytest.warns(UserWarning, match="the harness reads requests in one pass"):
         (row,) = evaluate_tasks(STORIES, tasks=["tiny_ends"], include=folder, stripes="GLLL:5", full_decode=True)
     assert "full" in row.layout
 
@@ -318,7 +318,7 @@ def few_tasks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_name_that_is_not_there_is_refused_with_its_neighbours(few_tasks: Path) -> None:
-    with pytest.raises(ZebraError, match=r"no task 'tiny_end' among the 3 of lm-eval.*near it are tiny_ends"):
+    with pytest.raises(ZebraError, match=r"no task 'tiny_end' among the 3 of lm-eval.*similar are tiny_ends"):
         evaluate_tasks(STORIES, tasks=["tiny_end"], include=few_tasks)
 
 

@@ -392,12 +392,12 @@ def test_batches_hold_as_many_tokens_as_asked(model: Any) -> None:
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
     [
-        ((40,), {"convention": "sliding"}, "the conventions are disjoint, strided, truncated; got 'sliding'"),
-        ((40,), {"length": 1}, "at least 2 tokens.* got a length of 1"),
-        ((40,), {"stride": 4}, "a stride belongs to the strided convention.* got 4 with the disjoint convention"),
+        ((40,), {"convention": "sliding"}, "convention must be one of disjoint, strided, truncated; got 'sliding'"),
+        ((40,), {"length": 1}, "at least 2, .* got 1"),
+        ((40,), {"stride": 4}, "a stride requires the strided convention.* got 4 with the disjoint convention"),
         ((40,), {"stride": 4, "convention": "truncated"}, "with the truncated convention"),
         ((40,), {"stride": 0, "convention": "strided"}, "got 0 with the strided convention and length 16"),
-        ((40,), {"stride": 16, "convention": "strided"}, "between 1 and length - 1; got 16"),
+        ((40,), {"stride": 16, "convention": "strided"}, "from 1 to length - 1; got 16"),
         ((40,), {"stride": -1, "convention": "strided"}, "got -1"),
         ((15, 9), {"convention": "truncated"}, "truncated convention at length 16; the longest has 15"),
         ((1, 1, 0), {}, "disjoint convention at length 16; the longest has 1"),
@@ -469,11 +469,11 @@ def test_lengths_beyond_the_text_and_the_model_are_named(tmp_path: Path) -> None
 
     measure(512)
     measure(600, self_extend="auto:1024")
-    with pytest.warns(UserWarning, match="600 tokens passes the 512 positions that this model was trained for"):
+    with pytest.warns(UserWarning, match="600 tokens exceeds the 512 positions that this model was trained for"):
         measure(600)
     with pytest.warns(UserWarning, match=r"no document fills a context of 100,000 tokens; the longest window has"):
         measure(100_000, self_extend="auto:4096")
-    with pytest.warns(UserWarning, match="no document fills"), pytest.warns(UserWarning, match="passes the 512"):
+    with pytest.warns(UserWarning, match="no document fills"), pytest.warns(UserWarning, match="exceeds the 512"):
         measure(100_000)
 
 
@@ -499,8 +499,8 @@ def test_perplexity_behind_a_prompt_is_that_of_decoding_token_by_token(text: Pat
     (windowed,) = evaluate_perplexity(STORIES, [str(long)], **arguments, prompt=40)
     assert windowed.value == pytest.approx(expected[False], rel=1e-5)
     assert abs(row.value / windowed.value - 1) > 1e-3
-    with pytest.raises(ZebraError, match="shows in tokens that are decoded"):
+    with pytest.raises(ZebraError, match="affects only decoded tokens"):
         evaluate_perplexity(STORIES, [str(long)], **arguments, full_decode=True)
     for prompt in (0, 60):
-        with pytest.raises(ZebraError, match="a prompt lies between 1 and length - 1"):
+        with pytest.raises(ZebraError, match="the prompt must be from 1 to length - 1"):
             evaluate_perplexity(STORIES, [str(long)], **arguments, prompt=prompt)

@@ -277,7 +277,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["stages.evaluate.retrieval.lengths=[4096]"],
         "stage evaluate: a length of 4,096 tokens",
     ),
-    "no length": (["stages.evaluate.perplexity.lengths=[]"], "stage evaluate: perplexity is measured at one length"),
+    "no length": (["stages.evaluate.perplexity.lengths=[]"], "stage evaluate: perplexity requires at least one length"),
     "no such Self-Extend": (["stages.evaluate.perplexity.self_extend=x"], "stage evaluate: .*Self-Extend"),
     "nothing to evaluate": (["stages.evaluate={}"], "stage evaluate: an evaluation requires at least one of"),
     "an adapter is no checkpoint": (["stages.adapt.lora={merge: false}"], "stage tune: .*is a peft adapter"),

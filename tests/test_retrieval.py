@@ -231,9 +231,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lengths": [40]}, "passkey requires a length of at least"),
     ({"depths": [0, 2]}, "the depth must be from 0 to 1; got 2"),
     ({"samples": 0}, "samples must be from 1 to 100,000; got 0"),
-    ({"score": "recall"}, "the scores are generate and likelihood; got 'recall'"),
-    ({"lengths": [600]}, "600 tokens passes the 512 positions .*--beyond"),
-    ({"lengths": [1400], "self_extend": "4:256"}, "1,400 tokens passes the 1,280 positions .* Self-Extend 4:256"),
+    ({"score": "recall"}, "score must be generate or likelihood; got 'recall'"),
+    ({"lengths": [600]}, "600 tokens exceeds the 512 positions .*--beyond"),
+    ({"lengths": [1400], "self_extend": "4:256"}, "1,400 tokens exceeds the 1,280 positions .* Self-Extend 4:256"),
     ({"rope": "dynamic:2"}, "a rope of type dynamic changes its frequencies"),
     ({"device": "moon"}, "there is no device 'moon'"),
     ({"dtype": "int4"}, "a dtype is one of"),
@@ -265,7 +265,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(stories: Path) -> None:
 
 def test_beyond_the_model_only_when_told() -> None:
     kwargs: dict[str, Any] = {"tasks": ["passkey"], "lengths": [530], "depths": [0.5], "samples": 1}
-    with pytest.warns(UserWarning, match="530 tokens passes the 512 positions"):
+    with pytest.warns(UserWarning, match="530 tokens exceeds the 512 positions"):
         (row,) = evaluate_retrieval(STORIES, beyond=True, **kwargs)
     assert row.length == 530
     with warnings.catch_warnings():
@@ -300,7 +300,7 @@ def test_the_table_and_a_warning(zebra: Zebra) -> None:
     done = zebra(*COMMON, "--task", "needle", "--length", "530", "--depth", "0.5", *text)
     assert done.returncode == 0, done.stderr
     assert "needle in own text, by likelihood" in " ".join(done.stdout.split())
-    assert done.stderr.startswith("zebra: a length of 530 tokens passes the 512 positions")
+    assert done.stderr.startswith("zebra: a length of 530 tokens exceeds the 512 positions")
     assert len(done.stderr.strip().splitlines()) == 1
 
 

@@ -47,8 +47,9 @@ class Method:
         options = {name: value for name, _, value in pairs}
         if not pairs or not all(name in _OPTIONS and value for name, _, value in pairs) or len(options) < len(pairs):
             raise ZebraError(
-                f"a method is OPTION=VALUE, several with spaces, of {', '.join(_OPTIONS)}; got {text!r}. "
-                'Write for example "rope=yarn:4 stripes=GLLL:1024".'
+                f"a method must be OPTION=VALUE pairs, separated by spaces, each of {', '.join(_OPTIONS)} once; got "
+                f"{text!r}. "
+                'Use for example "rope=yarn:4 stripes=GLLL:1024".'
             )
         if "stripes" in options and options["stripes"] != SELECTED:
             Stripes.parse(options["stripes"])
@@ -57,7 +58,7 @@ class Method:
         if not options.get("self_extend", "auto:").startswith("auto:"):
             SelfExtend.parse(options["self_extend"])
         if not options.get("window", "1").isdecimal() or options.get("full_decode", "true") != "true":
-            raise ZebraError(f"a window is a whole number, and full_decode is true; got {text!r}.")
+            raise ZebraError(f"window must be an integer, and full_decode must be true; got {text!r}. Fix it.")
         return cls(text, options)
 
     @property

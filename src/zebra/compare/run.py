@@ -176,7 +176,7 @@ class _Comparison:
         key = self.key(self.methods[0])
         if FIRST_WINDOW not in self.measurements.of(key):
             reason = next(text for (name, _), text in self.failures.items() if name == key)
-            raise ZebraError(f"nothing can be compared with {self.methods[0].name}: {reason}")
+            raise ZebraError(f"{self.methods[0].name}, the reference of the comparison, failed: {reason}")
 
     def affordable(self, seconds: float) -> list[Unit]:
         """The first units whose estimated time for all methods fits into `seconds`; measured ones take no time."""
@@ -252,10 +252,10 @@ class _Comparison:
         samples = self.data.selection_samples
         if samples < MIN_SAMPLES:
             raise ZebraError(
-                f"layers are selected by {MIN_SAMPLES} sequences of {self.data.selection_length:,} tokens or more, a "
-                "quarter of the text at most, and the text is too short. Give more, or leave out the selected methods."
+                f"selecting layers requires {MIN_SAMPLES} sequences of {self.data.selection_length:,} tokens or more in a "
+                "quarter of the text, which is too short. Give more text, or leave out the selected methods."
             )
-        console.print(f"selecting {count} layers by {samples} sequences that are not scored below")
+        console.print(f"selecting {count} layers on {samples} sequences that are not scored below")
         return select(
             settings.checkpoint,
             count,

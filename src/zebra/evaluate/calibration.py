@@ -67,7 +67,7 @@ def text_sequences(corpus: Corpus, length: int, samples: int, prefix: tuple[int,
     ]
     if len(starts) < samples:
         raise ZebraError(
-            f"the text has {len(starts):,} sequences of {length:,} tokens in its documents, fewer than {samples:,}; "
+            f"the text must have {samples:,} sequences of {length:,} tokens in its documents; got {len(starts):,}, and "
             f"its longest document has {int(corpus.lengths.max(initial=0)):,} tokens. Give more text, a shorter "
             f"length, or --samples of at least {MIN_SAMPLES}."
         )

@@ -102,15 +102,15 @@ def evaluate_documents(
     """
     check_score(score)
     if answer_tokens < 1:
-        raise ZebraError(f"an answer has at least 1 token; got answer_tokens {answer_tokens}. Raise it.")
+        raise ZebraError(f"answer_tokens must be at least 1; got {answer_tokens}. Raise it.")
     if limit is not None and limit < 1:
-        raise ZebraError(f"at least 1 item is measured; got a limit of {limit}. Raise it or leave it out.")
+        raise ZebraError(f"limit must be at least 1; got {limit}. Raise it or leave it out.")
     overlap = Overlap() if score == "generate" and not check_only else None
     target = EvalTarget(checkpoint, **loading)
     examples = read_examples(Path(file))[:limit]
     if not any(example.references for example in examples):
         raise ZebraError(
-            f"none of the {len(examples):,} items has a reference answer with a word. Give a file that has."
+            f"none of the {len(examples):,} items has a reference answer with a word. Use a file with references."
         )
     prompts = Prompts(target.tokenizer, template, chat=chat)
     if lengths:
@@ -157,8 +157,8 @@ def _warn_of_cuts(outcomes: Sequence[Outcome], length: int) -> None:
     if cut:
         lost = sum(EVIDENCE_CUT in one.faults for one in cut)
         warnings.warn(
-            f"at {length:,} tokens {len(cut):,} of {len(outcomes):,} documents lose their middle, and {lost:,} with it "
-            "words of every reference answer. Take a longer length, or a model that reads more.",
+            f"at {length:,} tokens the middle of {len(cut):,} of {len(outcomes):,} documents is cut, and in {lost:,} this "
+            "removes words of every reference answer. Use a longer length, or a model with a longer context.",
             stacklevel=3,
         )
 

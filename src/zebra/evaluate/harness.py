@@ -103,8 +103,8 @@ def evaluate_tasks(
         model = target.load()
         if local_attention_of(model).full_decode:
             warnings.warn(
-                "full decoding shows in tokens that are generated: where a task asks for likelihoods, the harness reads"
-                " requests whole, and local layers keep their window.",
+                "full decoding affects only generated tokens: for tasks scored by likelihood, the harness reads "
+                "requests in one pass, and local layers keep their window.",
                 stacklevel=2,
             )
         lm = language_model(model, target.tokenizer, max_length, batch_size)
@@ -121,11 +121,13 @@ def evaluate_tasks(
 def _check(cut: bool, beyond: bool, batch_size: int, limit: int | None, shots: int | None) -> None:
     """Check what needs no checkpoint: the options, and that lm-eval is installed."""
     if cut and beyond:
-        raise ZebraError("what is too long is cut (--cut) or run whole (--beyond); got both. Choose one.")
+        raise ZebraError(
+            "requests that are too long are either cut (--cut) or run whole (--beyond); got both. Choose one."
+        )
     if min(batch_size, 1 if limit is None else limit, 1 if shots is None else shots + 1) < 1:
         raise ZebraError(
-            f"a batch and a limit are at least 1, and shots at least 0; got a batch of {batch_size}, a limit of "
-            f"{limit} and {shots} shots. Raise what is below."
+            f"batch_size and limit must be at least 1, and shots at least 0; got batch_size={batch_size}, "
+            f"limit={limit} and shots={shots}. Raise them."
         )
     try:
         importlib.import_module("lm_eval")
@@ -161,7 +163,7 @@ def _load(
 ) -> dict[int | None, Tasks]:
     """Load tasks, by length; those that take no length are under None."""
     if include is not None and not os.path.isdir(include):
-        raise ZebraError(f"there is no folder at {include}. Give one that has tasks as YAML files.")
+        raise ZebraError(f"there is no folder at {include}. Give a folder with YAML tasks.")
     names, lengths = list(dict.fromkeys(names)), sorted(set(lengths))
     of_harness = [name for name in names if not name.startswith(PREFIX)]
     metadata: dict[str, Any] = {"tokenizer": target.checkpoint}  # the manager passes it to the tasks that it loads
@@ -190,7 +192,7 @@ def _load(
         for length in lengths:
             load(name, configuration(name, target.tokenizer, length, limit, seed), length)
     if lengths and not any(loaded[length]["tasks"] for length in lengths):
-        raise ZebraError(f"none of {', '.join(names)} takes a length: its texts are as long as they are. Leave it out.")
+        raise ZebraError(f"none of {', '.join(names)} supports a length: their texts are fixed. Leave it out.")
     return {length: some for length, some in loaded.items() if some["tasks"]}
 
 
@@ -211,7 +213,7 @@ def _manager(names: Sequence[str], include: str | os.PathLike[str] | None, metad
             return manager
     near = difflib.get_close_matches(unknown[0], [*manager.all_tasks, *retrieval_tasks()], 3) or ["hellaswag", "mmlu"]
     raise ZebraError(
-        f"there is no task {unknown[0]!r} among the {len(manager.all_tasks):,} of lm-eval and {PREFIX}*; near it are "
+        f"there is no task {unknown[0]!r} among the {len(manager.all_tasks):,} of lm-eval and {PREFIX}*; similar are "
         f"{', '.join(near)}. `lm_eval ls tasks` lists them; --include adds a folder of your own."
     )
 
@@ -263,13 +265,13 @@ def _max_length(
         return most
     too_long = [(name, sum(size > reach for size in its), len(its)) for name, its in every]
     counts = ", ".join(f"{count:,} of {total:,} of {name}" for name, count, total in too_long if count)
-    passes = f"requests of up to {most:,} tokens, answer included, pass the {reach:,} positions that this model reads"
+    passes = f"requests of up to {most:,} tokens, answer included, exceed the {reach:,} positions that this model reads"
     if not cut:
         raise ZebraError(
-            f"{passes}: {counts}. Take fewer shots, {target.ways_beyond()}; or cut their beginnings (--cut), or run "
-            "them all the same (--beyond)."
+            f"{passes}: {counts}. Use fewer shots, {target.ways_beyond()}; or truncate them on the left (--cut), or "
+            "run them anyway (--beyond)."
         )
-    warnings.warn(f"{passes}, and lose their beginnings: {counts}.", stacklevel=3)
+    warnings.warn(f"{passes}, and are truncated on the left: {counts}.", stacklevel=3)
     return reach
 
 

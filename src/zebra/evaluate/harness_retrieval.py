@@ -32,9 +32,9 @@ def retrieval_tasks() -> list[str]:
 def check_retrieval_task(name: str, lengths: Sequence[int]) -> None:
     """Reject a name that is not in `retrieval_tasks`, and any task without a length."""
     if name not in retrieval_tasks():
-        raise ZebraError(f"our tasks are {', '.join(retrieval_tasks())}; got {name!r}. Choose among them.")
+        raise ZebraError(f"zebra's tasks are {', '.join(retrieval_tasks())}; got {name!r}. Choose among them.")
     if not lengths:
-        raise ZebraError(f"{name} makes texts of a length. Give --length, several with commas.")
+        raise ZebraError(f"{name} requires lengths for its texts; got none. Give --length, comma-separated.")
 
 
 def configuration(

@@ -54,18 +54,18 @@ def task_errors(name: str) -> Iterator[None]:
     except Exception as error:
         text = first_line(error).rstrip(" .")
         if isinstance(error, ImportError):
-            message = f"the task {name} needs packages that are not installed: {text}."
+            message = f"the task {name} requires packages that are not installed: {text}."
         elif isinstance(error, FileNotFoundError):
             message = (
-                f"the data of the task {name} are not there: {text}. Put the file there, or name another in the "
-                "task's data_files."
+                f"the data of the task {name} do not exist: {text}. Add the file, or name another in the task's "
+                "data_files."
             )
         elif isinstance(error, OSError):
             message = (
-                f"the data of the task {name} are not on this machine, and nothing is downloaded here: {text}. Where "
-                f"there is a network, `lm_eval run --model dummy --tasks {name} --limit 1` brings what Hugging Face "
-                "keeps into its cache."
+                f"the data of the task {name} are not on this machine, and zebra downloads nothing here: {text}. With "
+                f"a network, run `lm_eval run --model dummy --tasks {name} --limit 1` to put them into Hugging Face's "
+                "cache."
             )
         else:
-            message = f"the task {name} cannot be made: {type(error).__name__}: {text}."
+            message = f"the task {name} cannot be built: {type(error).__name__}: {text}."
         raise ZebraError(message) from error

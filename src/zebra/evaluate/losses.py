@@ -124,7 +124,7 @@ def selection_folder(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     """
     file = folder / "inputs.json"
     if not file.exists() and not is_vacant(folder):
-        raise ZebraError(f"{folder} exists and holds no selection: it has no inputs.json. Name another with --out.")
+        raise ZebraError(f"{folder} exists but is not a selection: it has no inputs.json. Name another with --out.")
     with directory_lock(folder):
         check_inputs(file, inputs, instead="name another folder with --out")
         if not file.exists():

@@ -33,7 +33,7 @@ class Overlap:
             from rouge_score import rouge_scorer, tokenizers
         except ImportError:
             raise missing_package(
-                "scoring generated text (scoring by likelihood does not)", "rouge-score", "tasks"
+                "scoring generated text (but not scoring by likelihood)", "rouge-score", "tasks"
             ) from None
 
         class Words(tokenizers.Tokenizer):

@@ -103,7 +103,7 @@ def perplexity(
     largest = int(corpus.tokens.max())
     if largest >= model.config.vocab_size:
         raise ZebraError(
-            f"the text has token {largest}, but the model has {model.config.vocab_size} embeddings. "
+            f"the text has token ID {largest}, but the model has {model.config.vocab_size} embeddings. "
             "Use the model's own tokenizer."
         )
     bounds = edges(length, prompt or 0, first_bucket)
@@ -211,7 +211,7 @@ def evaluate_perplexity(
         ZebraError: as `EvalTarget`, `read_corpus` and `perplexity`; full decoding without a prompt.
     """
     if not lengths:
-        raise ZebraError("perplexity is measured at one length or several; got none. Give one.")
+        raise ZebraError("perplexity requires at least one length; got none. Give one.")
     target = EvalTarget(checkpoint, purpose=None if prompt is None else "generating", **loading)
     check_learned_positions(target.config, max(lengths))
     corpus = read_corpus(text, Encoder.of(target.tokenizer), separator=separator, field=field, num_proc=num_proc)
@@ -227,7 +227,7 @@ def evaluate_perplexity(
     model = target.load()
     if local_attention_of(model).full_decode and prompt is None:
         raise ZebraError(
-            "full decoding shows in tokens that are decoded, and without a prompt all are read. Give a prompt, such as "
+            "full decoding affects only decoded tokens, and without a prompt none are decoded. Set a prompt, such as "
             f"{min(lengths) // 2} (--prompt), or full_decode=False (--no-full-decode)."
         )
     columns = {"run": run, "seed": seed} | target.columns(model)
@@ -244,7 +244,7 @@ def unfilled(tokens: int, length: int) -> str | None:
         return None
     return (
         f"no document fills a context of {length:,} tokens; the longest window has {tokens:,}. Give longer documents, "
-        "join them, or take a shorter length."
+        "join them, or use a shorter length."
     )
 
 

@@ -56,7 +56,7 @@ class Prompts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = TEMPLATE, *, chat: bool = False):
         if any(template.count(field) != 1 for field in ("{document}", "{question}")):
             raise ZebraError(
-                f"a template has {{document}} and {{question}}, once each; got {template!r}. Write {TEMPLATE!r}."
+                f"a template must have {{document}} and {{question}} once each; got {template!r}. Use {TEMPLATE!r}."
             )
         self.tokenizer, self._chat = tokenizer, chat
         self._pieces = PromptTokenizer(tokenizer)
@@ -95,6 +95,6 @@ class Prompts:
                 return Prompt(ids, text, n, (first, n - last))
             room -= len(ids) - length
         raise ZebraError(
-            f"the question of {example.name} takes {around:,} tokens without its document, and there is room for "
-            f"{length:,} in all. Take a longer length, or fewer tokens of an answer."
+            f"the prompt of {example.name} takes {around:,} tokens without its document, but only {length:,} are "
+            "available. Use a longer length, or fewer answer tokens."
         )

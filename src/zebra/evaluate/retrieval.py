@@ -135,5 +135,7 @@ def _cells(
         depths_of_task: Sequence[float | None] = [None] if task in WITHOUT_DEPTH else sorted(set(depths))
         cells += [(task, length, depth) for length in sorted(set(lengths)) for depth in depths_of_task]
     if not cells:
-        raise ZebraError("a grid has at least one task, one length and one depth; got none. Give one of each.")
+        raise ZebraError(
+            "a grid must have at least one task, one length and one depth; one is missing. Give one of each."
+        )
     return cells

@@ -52,7 +52,7 @@ def check_score(score: str) -> None:
         ZebraError: it is not.
     """
     if score not in SCORES:
-        raise ZebraError(f"the scores are {' and '.join(SCORES)}; got {score!r}. Choose one.")
+        raise ZebraError(f"score must be {' or '.join(SCORES)}; got {score!r}. Choose one.")
 
 
 def no_progress(tokens: float) -> None:

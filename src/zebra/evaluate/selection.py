@@ -159,19 +159,19 @@ def select(
 
 def _check(order: str, window: int, length: int, text: Names | Corpus, tasks: Sequence[str], samples: int) -> None:
     if order not in ORDERS:
-        raise ZebraError(f"the orders are {' and '.join(ORDERS)}; got {order!r}. Choose one.")
+        raise ZebraError(f"order must be {' or '.join(ORDERS)}; got {order!r}. Choose one.")
     if not text and not tasks:
-        raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give text= or tasks=.")
+        raise ZebraError("selecting layers requires a text or retrieval tasks; got neither. Give text= or tasks=.")
     for task in tasks:
         check_task(task, 0.0, 1)
     if samples < MIN_SAMPLES:
         raise ZebraError(
-            f"a selection takes at least {MIN_SAMPLES} samples, as one in four is held out; got {samples}. Give more."
+            f"a selection requires at least {MIN_SAMPLES} samples, as one in four is held out; got {samples}. Raise it."
         )
     if length <= window:
         raise ZebraError(
-            f"in a length of {length:,} tokens nothing is beyond a window of {window:,}, so that no layer is needed. "
-            "Take a longer length, several times the window."
+            f"the length must exceed the window, or no global layer is needed; got a length of {length:,} tokens and a "
+            f"window of {window:,}. Use a length of several windows."
         )
 
 
@@ -187,7 +187,7 @@ def _source_layers(config: PreTrainedConfig, local: Stripes) -> str:
     which = global_layers(source)
     if len(which) < 2:
         raise ZebraError(
-            f"this model has {len(which)} global layers, so there is nothing to choose. Take another source."
+            f"a selection requires at least 2 global layers; this model has {len(which)}. Use another source."
         )
     for layer in which[0], which[-1]:  # a model whose layers have fixed kinds cannot have one of these
         with_stripes(config, replace(local, pattern=None, global_layers=(layer,)))
@@ -257,7 +257,7 @@ def _search(losses: Losses, source: str, count: int, order: str, cost: SearchCos
         seconds = time.perf_counter() - start
         total = seconds * cost.passes
         estimate = f"{total:,.0f} seconds" if total < 120 else f"{total / 60:,.0f} minutes"
-        console.print(f"a pass takes {seconds:,.2f} seconds, all of them about {estimate}", soft_wrap=True)
+        console.print(f"one pass takes {seconds:,.2f} seconds, all passes about {estimate}", soft_wrap=True)
     layouts = {"source": [source], "local": ["L" * len(source)], "stride": strides(source, count)}
     with bar("selection", cost.candidates * cost.batches, "batches") as advance:
         layouts[order] = [(greedy if order == "greedy" else once)(losses, source, count, advance)]

@@ -54,12 +54,12 @@ class EvalTarget:
         check_learned_positions(self.config, length)
         if self.reach is None or length <= self.reach:
             return
-        passes = f"a length of {length:,} tokens passes the {self.reach:,} positions that this model "
+        passes = f"a length of {length:,} tokens exceeds the {self.reach:,} positions that this model "
         passes += f"reaches with Self-Extend {self.self_extend}" if self.self_extend else "was trained for"
         if not beyond:
-            remedy = "" if beyond is None else "; or measure there all the same with beyond (--beyond)"
-            raise ZebraError(f"{passes}. Take a shorter one, {self.ways_beyond()}{remedy}.")
-        warnings.warn(f"{passes}: what is measured there is how it fails.", stacklevel=3)
+            remedy = "" if beyond is None else "; or measure beyond them anyway (--beyond)"
+            raise ZebraError(f"{passes}. Use a shorter one, {self.ways_beyond()}{remedy}.")
+        warnings.warn(f"{passes}: results beyond them show how it fails.", stacklevel=3)
 
     def ways_beyond(self) -> str:
         """Ways to read texts beyond `reach`, as text for a message."""

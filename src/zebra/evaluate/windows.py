@@ -66,7 +66,7 @@ def scored_windows(
     if not windows:
         raise ZebraError(
             f"no document has enough tokens for the {convention} convention at length {length:,}; the longest has "
-            f"{int(corpus.lengths.max(initial=0)):,}. Give longer documents, join them, or take a shorter length."
+            f"{int(corpus.lengths.max(initial=0)):,}. Give longer documents, join them, or use a shorter length."
         )
     return windows
 
@@ -75,17 +75,17 @@ def _check_options(
     length: int, convention: str, stride: int | None, prompt: int | None, prefix: tuple[int, ...]
 ) -> None:
     if convention not in CONVENTIONS:
-        raise ZebraError(f"the conventions are {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
+        raise ZebraError(f"convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}. Choose one.")
     if length <= (least := max(1, len(prefix))):
         raise ZebraError(
-            f"a context has at least {least + 1} tokens, {least} to see and one to predict; got a length of {length}."
+            f"the length must be at least {least + 1}, {least} to see and one to predict; got {length}. Raise it."
         )
     if stride is not None and (convention != "strided" or not 1 <= stride < length):
         raise ZebraError(
-            f"a stride belongs to the strided convention and lies between 1 and length - 1; got {stride} "
+            f"a stride requires the strided convention and must be from 1 to length - 1; got {stride} "
             f"with the {convention} convention and length {length}. Change one of them."
         )
     if prompt is not None and not 1 <= prompt < length:
         raise ZebraError(
-            f"a prompt lies between 1 and length - 1; got {prompt} with length {length}. Change one of them."
+            f"the prompt must be from 1 to length - 1; got {prompt} with length {length}. Change one of them."
         )
