@@ -111,18 +111,18 @@ STUDY = {"model_type": "zebra_study"}
 @pytest.mark.parametrize(
     ("cell", "recipe", "says"),
     [
-        ({"group": 5}, {}, "a group has from 1 to all 4 layers; got 5"),
-        ({"attention": "local", "window": 65}, {}, "a window is at most the length, 64 tokens; got 65"),
-        ({"attention": "global", "length": 48}, {}, "do not fill"),
+        ({"group": 5}, {}, "a group must have from 1 to 4 layers; got 5"),
+        ({"attention": "local", "window": 65}, {}, "the window must be at most the length, 64 tokens; got 65"),
+        ({"attention": "global", "length": 48}, {}, "must divide"),
         ({"attention": "dilated"}, {}, "cells.0.attention"),
         ({"self_extend": "8:64"}, {}, "self_extend"),
         ({"seed": -1}, {}, "cells.0.seed"),
-        ({}, {"run": "elsewhere"}, "no run of its own"),
-        ({}, {"model": {"model_type": "llama"}}, "model_type is zebra_study"),
-        ({}, {"stripes": "GL:8"}, "recipe.stripes is what the cells differ in"),
-        ({}, {"train": [1]}, "recipe.train is a table"),
-        ({}, {"evaluate": {"length": 128}}, "measured at the length that it is trained at, here 64; got 128"),
-        ({}, {"model": STUDY | {"position_embedding": "alibi"}}, "position_embedding is what the cells"),
+        ({}, {"run": "elsewhere"}, "cannot have a run"),
+        ({}, {"model": {"model_type": "llama"}}, "model_type must be zebra_study"),
+        ({}, {"stripes": "GL:8"}, "recipe.stripes cannot be set"),
+        ({}, {"train": [1]}, "recipe.train must be a mapping"),
+        ({}, {"evaluate": {"length": 128}}, "must equal recipe.train.length, here 64; got 128"),
+        ({}, {"model": STUDY | {"position_embedding": "alibi"}}, "position_embedding cannot be set"),
         ({}, {"self_extend": "8:64"}, "the cell grouped-2-rotary-w8-64-seed0: recipe: unknown key self_extend"),
         ({}, {"model": STUDY | {"sliding_window": 8, "num_hidden_layers": "four"}}, "got 'four'"),
     ],
@@ -148,7 +148,7 @@ def test_a_cell_is_one_process(tmp_path: Path) -> None:
 
 
 def test_there_is_a_worker(tmp_path: Path) -> None:
-    with pytest.raises(ZebraError, match="workers is at least 1"):
+    with pytest.raises(ZebraError, match="workers must be at least 1"):
         study(of(tmp_path / "run"), workers=0)
 
 
@@ -313,7 +313,7 @@ def test_a_text_smaller_than_a_step_starts_no_cell(tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "cells").glob("*"))
     changed = tree(tmp_path / "run")
     changed["recipe"]["tokenizer"] = {"vocab_size": 320}
-    with pytest.raises(ZebraError, match="trained by another recipe: its tokenizer or its data differ"):
+    with pytest.raises(ZebraError, match="trained with another recipe: its tokenizer or its data differ"):
         study(StudyRecipe.model_validate(changed))
 
 
@@ -337,7 +337,7 @@ def test_a_system_without_prctl_has_grids(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_why_a_cell_failed(tmp_path: Path) -> None:
     assert grid._reason(tmp_path / "cell", -9) == "killed by signal 9"
-    assert grid._reason(tmp_path / "cell", 2) == "and its log is empty"
+    assert grid._reason(tmp_path / "cell", 2) == "its log is empty"
     (tmp_path / "cell.log").write_text("a warning\nzebra: the disk is full\n\n")
     assert grid._reason(tmp_path / "cell", 2) == "the disk is full"
 

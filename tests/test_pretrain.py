@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "heads": (
         {"model": {"model_type": "zebra_study", **TINY, "num_key_value_heads": 3}},
-        "key-value heads divide the heads; got 3 of",
+        "num_key_value_heads must divide num_attention_heads; got 3 and",
     ),
     "no heads": (
         {"model": {"model_type": "zebra_study", **TINY, "num_attention_heads": 0}},

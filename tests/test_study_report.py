@@ -156,7 +156,7 @@ def test_three_seeds_are_paired_by_students_t() -> None:
 
 
 def test_without_a_shared_seed_or_a_spread_there_is_no_difference() -> None:
-    assert loss_difference({0: 1.0}, {1: 1.0}, [{0: 1.0, 1: 1.0}, {0: 2.0, 1: 3.0}]) == "no seed is in both"
+    assert loss_difference({0: 1.0}, {1: 1.0}, [{0: 1.0, 1: 1.0}, {0: 2.0, 1: 3.0}]) == "no common seed"
     none = "no spread to compare it with"
     assert loss_difference({0: 1.0}, {0: 2.0}, [{0: 1.0}, {0: 2.0}]) == none
     assert loss_difference({0: 1.0}, {0: 2.0}, [{0: 1.0, 1: 2.0}]) == none

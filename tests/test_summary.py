@@ -134,7 +134,7 @@ def test_other_dtypes_are_near(dtype: torch.dtype) -> None:
 
 def test_what_it_refuses() -> None:
     inputs = _drawn(9, 9)
-    with pytest.raises(ValueError, match="before a window"):
+    with pytest.raises(ValueError, match="requires a window"):
         summary_attention(*inputs, Mask(), block=3)
     with pytest.raises(ValueError, match="at least 1; got 4 and 0"):
         summary_attention(*inputs, Mask(4), block=0)

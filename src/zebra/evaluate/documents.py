@@ -157,8 +157,8 @@ def _warn_of_cuts(outcomes: Sequence[Outcome], length: int) -> None:
     if cut:
         lost = sum(EVIDENCE_CUT in one.faults for one in cut)
         warnings.warn(
-            f"at {length:,} tokens the middle of {len(cut):,} of {len(outcomes):,} documents is cut, and in {lost:,} this "
-            "removes words of every reference answer. Use a longer length, or a model with a longer context.",
+            f"at {length:,} tokens the middle of {len(cut):,} of {len(outcomes):,} documents is cut, and in {lost:,} "
+            "this removes words of every reference answer. Use a longer length, or a model with a longer context.",
             stacklevel=3,
         )
 

@@ -112,11 +112,11 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: Any) -> Any:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return ApiError(400, f"the body is no JSON: {first['ctx']['error']}. Send a JSON object.").response()
+            return ApiError(400, f"the body is not JSON: {first['ctx']['error']}. Send a JSON object.").response()
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         text = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            text = f"this server does not serve this field with the value {str(first['input'])[:60]!r}; leave it out"
+            text = f"this server does not support this field with the value {str(first['input'])[:60]!r}; leave it out"
         elif isinstance(first["input"], int | float | str):
             text += f"; got {str(first['input'])[:60]!r}"
         return ApiError(400, f"{where}: {text}." if where else f"{text}.", param=where or None).response()
@@ -167,7 +167,7 @@ async def _unless_client_leaves(request: Request, answer: Coroutine[Any, Any, Va
     try:
         await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ApiError(499, "the client left.")
+            raise ApiError(499, "the client disconnected.")
         return work.result()
     finally:
         work.cancel()

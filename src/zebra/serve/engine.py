@@ -61,8 +61,8 @@ class Ticket(Generic[Job]):
                 except TimeoutError:
                     raise ApiError(
                         504,
-                        f"this request took longer than the {self._max_seconds:g} s that the server allows. Ask for "
-                        "fewer tokens, or start it with a larger --timeout.",
+                        f"this request took longer than the {self._max_seconds:g} s that the server allows. Request "
+                        "fewer tokens, or start the server with a larger --timeout.",
                         code="timeout",
                     ) from None
                 if isinstance(item, ApiError):
@@ -112,7 +112,7 @@ class Engine(Generic[Job]):
             if len(self._waiting) >= self._max_queue:
                 raise ApiError(
                     429,
-                    f"{len(self._waiting)} requests wait for the model already. Try again in some seconds.",
+                    f"the queue is full: {len(self._waiting)} requests are waiting. Try again in a few seconds.",
                     code="queue_full",
                     retry_after=RETRY_AFTER,
                 )
@@ -182,7 +182,7 @@ class Engine(Generic[Job]):
 
 def stopping() -> ApiError:
     """The error of a request that arrives while the server is stopping, or is ended by it."""
-    text = "this server is stopping. Try another, or again later."
+    text = "this server is stopping. Use another, or try again later."
     return ApiError(503, text, code="stopping", retry_after=RETRY_AFTER)
 
 

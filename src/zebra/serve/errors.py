@@ -48,4 +48,4 @@ class ApiError(Exception):
 
 def internal_error() -> ApiError:
     """The error of an unexpected failure in the server, without its details."""
-    return ApiError(500, "the server failed on this request; its log says why.", code="internal_error")
+    return ApiError(500, "internal server error on this request. See the server's log.", code="internal_error")

@@ -87,8 +87,8 @@ class Guard:
             if not hmac.compare_digest(token, key.encode()):
                 raise ApiError(
                     401,
-                    "this server needs its token: the header Authorization: Bearer TOKEN. The one that came is "
-                    + ("another." if token else "missing."),
+                    "this server requires the header Authorization: Bearer TOKEN. The token of the request is "
+                    + ("wrong." if token else "missing."),
                     code="invalid_api_key",
                 )
         if of_page:
@@ -97,7 +97,7 @@ class Guard:
             raise stopping()
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if method == "POST" and kind != "application/json":  # a browser sends other types cross-site
-            raise ApiError(415, f"a request's body is JSON, with Content-Type: application/json; got {kind!r}.")
+            raise ApiError(415, f"requests must be JSON with Content-Type: application/json; got {kind!r}.")
 
     async def _whole_body(self, receive: Any, headers: dict[str, str]) -> Any:
         """Read the whole body; return a `receive` that yields it in one message, then what the connection sends."""
@@ -112,13 +112,15 @@ class Guard:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the client left in the middle of its request.")
+                        raise ApiError(400, "the client disconnected before its request was complete.")
                     body += message.get("body", b"")
                     if len(body) > most:
                         raise self._too_large()
                     more = message.get("more_body", False)
         except TimeoutError:
-            raise ApiError(408, f"the request did not arrive within {seconds:g} s.", code="timeout") from None
+            raise ApiError(
+                408, f"the request did not arrive completely within {seconds:g} s.", code="timeout"
+            ) from None
         first = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Any:
@@ -130,8 +132,8 @@ class Guard:
         most = self._settings.max_body
         return ApiError(
             413,
-            f"a request's body has at most {most:,} bytes. Send a shorter document, or start the server with a larger "
-            "--max-body.",
+            f"a request's body must have at most {most:,} bytes. Send a shorter document, or start the server with a "
+            "larger --max-body.",
             code="body_too_large",
         )
 
@@ -152,7 +154,7 @@ def _check_host(host: str, address: str) -> None:
     """Reject host names of other sites that resolve to this machine (DNS rebinding)."""
     name = host if host.endswith("]") else host.rpartition(":")[0] or host
     if name.lower() not in (*_LOOPBACK_NAMES, address):
-        raise ApiError(403, f"this server answers to localhost alone; the request's Host is {host!r}.")
+        raise ApiError(403, f"this server only answers requests to localhost; the request's Host is {host!r}.")
 
 
 def _check_origin(headers: dict[str, str]) -> None:
@@ -160,4 +162,4 @@ def _check_origin(headers: dict[str, str]) -> None:
     origin = headers.get("origin")
     # A proxy that changes Host sets X-Forwarded-Host; a page of another site cannot set either.
     if origin is not None and origin.partition("://")[2] not in (headers.get("host"), headers.get("x-forwarded-host")):
-        raise ApiError(403, f"this server answers to its own page alone; the request's Origin is {origin!r}.")
+        raise ApiError(403, f"this server only answers its own page; the request's Origin is {origin!r}.")

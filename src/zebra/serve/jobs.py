@@ -81,7 +81,7 @@ class Prompts:
         if name not in (None, self.name):
             raise ApiError(
                 404,
-                f"this server has the model {self.name!r} alone; the request names {name!r}.",
+                f"this server has only the model {self.name!r}; the request names {name!r}.",
                 code="model_not_found",
                 param="model",
             )
@@ -100,7 +100,7 @@ class Prompts:
         if isinstance(prompt, list):
             size = len(self._tokenizer)
             if any(not 0 <= token < size for token in prompt):
-                raise ApiError(400, f"a token of the prompt is from 0 to {size - 1}.", param="prompt")
+                raise ApiError(400, f"the token IDs of the prompt must be from 0 to {size - 1}.", param="prompt")
             ids = prompt
         else:
             ids = await self._in_thread(prompt_tokens, self._tokenizer, prompt)
@@ -116,7 +116,7 @@ class Prompts:
         except HTTPException as error:
             raise ApiError(400, f"input: {error.detail}.", param="input") from None
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            text = f"an item of it is neither a text nor a call nor the output of one ({type(error).__name__})"
+            text = f"an item is neither a message nor a tool call nor the output of one ({type(error).__name__})"
             raise ApiError(400, f"input: {text}. Give messages with a role and content.", param="input") from None
         ids, parser = await self._in_thread(self._templated, messages, tools, body.chat_template_kwargs)
         return self._job(ids, body, body.max_output_tokens, parser=parser)
@@ -138,14 +138,14 @@ class Prompts:
         inputs = [message.for_template() for message in messages]
 
         def encoded(**options: Any) -> list[int]:
-            remedy = "Send messages that it takes, or a whole prompt to /v1/completions."
+            remedy = "Send messages that it supports, or a whole prompt to /v1/completions."
             ids = encode_messages(inputs, self._tokenizer, remedy=remedy, source=self.name, **options, **kwargs)
             return list(ids.tolist())
 
         ids = encoded(tools=tools or None)
         if tools and ids == encoded():
             raise ApiError(
-                400, f"the chat template of {self.name!r} has no place for tools. Leave them out.", param="tools"
+                400, f"the chat template of {self.name!r} does not support tools. Leave them out.", param="tools"
             )
         return ids, self._parser(ids, tools)
 

@@ -33,7 +33,7 @@ footer { display: none !important; }
 .message .md { white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 600px) { .gradio-container main { padding: 8px !important; } }
 """
-_HINT = "Ask something. Add a document with the clip, or paste it."
+_HINT = "Ask a question. Attach a document with the clip, or paste it."
 Messages = list[dict[str, str]]
 
 

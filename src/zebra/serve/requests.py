@@ -50,14 +50,14 @@ _OF_RENDERING = {name for function in _RENDERING for name in inspect.signature(f
 def _unicode(text: str) -> str:
     """Reject unpaired surrogates, which JSON can express and no tokenizer accepts."""
     if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("it has half of a surrogate pair, which is no character")
+        raise ValueError("it has an unpaired surrogate, which is not a valid character")
     return text
 
 
 def _variables(names: dict[str, Any]) -> dict[str, Any]:
     """Reject names that are parameters of the functions that render the template."""
     if reserved := sorted(_OF_RENDERING & names.keys()):
-        raise ValueError(f"it holds variables of the chat template, and {', '.join(reserved)} are the server's own")
+        raise ValueError(f"variables of the chat template cannot be named {', '.join(reserved)}, which the server uses")
     return names
 
 
@@ -72,7 +72,7 @@ def _json_object(text: Any, name: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{name} takes a JSON object, as a string")
+        raise ValueError(f"{name} must be a JSON object, as a string")
     return value
 
 
@@ -162,15 +162,15 @@ class Message(BaseModel):
         for part in self.content if isinstance(self.content, list) else ():
             kind, text = part.get("type"), part.get("text")
             if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-                raise ValueError(f"a part of a message is a text; got one of type {kind!r}")
+                raise ValueError(f"each part of a message must be text; got one of type {kind!r}")
             _unicode(text)
         for call in self.tool_calls or ():
             function = call.get("function")
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise ValueError("a tool call has a function with a name")
+                raise ValueError("a tool call must have a function with a name")
             function["arguments"] = _json_object(function.get("arguments") or "{}", "arguments")
         if self.content is None and not self.tool_calls:
-            raise ValueError("a message has content or tool_calls")
+            raise ValueError("a message must have content or tool_calls")
         return self
 
     def for_template(self) -> dict[str, Any]:
@@ -206,7 +206,7 @@ class ChatRequest(Sampling):
             ApiError: 400 for `top_logprobs` without `logprobs`.
         """
         if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
+            raise ApiError(400, "top_logprobs requires logprobs: true.", param="top_logprobs")
         return self.top_logprobs if self.logprobs else None
 
 
@@ -226,7 +226,7 @@ class CompletionRequest(Sampling):
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
             prompt = prompt[0]
         if isinstance(prompt, list) and any(not isinstance(token, int) or isinstance(token, bool) for token in prompt):
-            raise ValueError("one prompt a request: a string, or a list of tokens")
+            raise ValueError("it must be one prompt per request: a string, or a list of token IDs")
         return prompt
 
 
@@ -245,10 +245,10 @@ class ResponsesRequest(Sampling):
     @classmethod
     def _items(cls, items: Any) -> Any:
         if not isinstance(items, str | list):
-            raise ValueError("it is a text, or a list of messages and of calls and their outputs")
+            raise ValueError("it must be a string, or a list of messages, tool calls and their outputs")
         for at, item in enumerate(items if isinstance(items, list) else ()):
             if not isinstance(item, dict):
-                raise ValueError(f"item {at} of it is no object")
+                raise ValueError(f"item {at} must be an object")
             if "role" in item:
                 try:
                     Message.model_validate(item)
@@ -261,5 +261,7 @@ class ResponsesRequest(Sampling):
     @model_validator(mode="after")
     def _one_system_message(self) -> ResponsesRequest:
         if self.instructions and isinstance(self.input, list) and self.input and self.input[0].get("role") == "system":
-            raise ValueError("instructions would replace the system message that input begins with; give one of them")
+            raise ValueError(
+                "instructions cannot be combined with an input that begins with a system message; send one of them"
+            )
         return self

@@ -69,7 +69,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ZebraError(
-            f"a server cannot listen on {host}, port {port}: {error.strerror}. Choose another --port or --host."
+            f"the server cannot listen on {host}, port {port}: {error.strerror}. Choose another --port or --host."
         ) from None
     return listener
 

@@ -43,20 +43,22 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
-            raise ZebraError("an API key is printable ASCII of at least one character. Choose another.")
+            raise ZebraError("an API key must be printable ASCII with at least one character. Choose another.")
         if self.api_key is not None and self.api_key != self.api_key.strip():
-            raise ZebraError("an API key neither begins nor ends with a space. Choose another.")
+            raise ZebraError("an API key cannot begin or end with a space. Choose another.")
         if self.api_key is None and not self.on_loopback:
             raise ZebraError(
-                f"a server that others can reach needs a token; got host {self.host!r} and no token. Set "
+                f"a server that other machines can reach requires a token; got host {self.host!r} and no token. Set "
                 "ZEBRA_API_KEY or --api-key, or leave --host out."
             )
         for name, least in (("cache_memory", 0), ("max_queue", 1), ("max_body", 1), ("max_tokens", 1)):
             if getattr(self, name) < least:
-                raise ZebraError(f"{name} is at least {least}; got {getattr(self, name)}. Raise it.")
+                raise ZebraError(f"{name} must be at least {least}; got {getattr(self, name)}. Raise it.")
         for name in ("max_seconds", "read_seconds"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ZebraError(f"{name} is a number of seconds above 0; got {getattr(self, name)}. Change it.")
+                raise ZebraError(
+                    f"{name} must be a finite number of seconds above 0; got {getattr(self, name)}. Change it."
+                )
 
     @property
     def on_loopback(self) -> bool:

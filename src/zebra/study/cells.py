@@ -55,10 +55,10 @@ def cells_of(grid: StudyRecipe) -> list[GridCell]:
             axes.attention, axes.position, axes.group, windows, blocks, lengths, seeds
         ):
             if not isinstance(length, int):
-                raise ZebraError("a cell has a length: give recipe.train.length, or the axis length.")
+                raise ZebraError("a cell must have a length. Set recipe.train.length, or the axis length.")
             if attention != "global" and not isinstance(window, int):
-                remedy = "give recipe.model.sliding_window, or the axis window"
-                raise ZebraError(f"{attention} layers have a window: {remedy}.")
+                remedy = "Set recipe.model.sliding_window, or the axis window"
+                raise ZebraError(f"{attention} layers must have a window. {remedy}.")
             of_group = group if attention == "grouped" else None
             of_window = window if attention != "global" else None
             of_block = block if attention == "summary" else None
@@ -92,17 +92,17 @@ def _recipe_tree(grid: StudyRecipe, cell: GridCell) -> dict[str, Any]:
     numbers["evaluate.beyond"] = (evaluate or {}).get("beyond") or 1
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 1:
-            raise ValueError(f"recipe.{name} is a whole number from 1 on; got {number!r}.")
+            raise ValueError(f"recipe.{name} must be an integer of at least 1; got {number!r}.")
     if cell.window is not None and cell.window > cell.length:
-        raise ValueError(f"a window is at most the length, {cell.length:,} tokens; got {cell.window:,}.")
+        raise ValueError(f"the window must be at most the length, {cell.length:,} tokens; got {cell.window:,}.")
     kinds = attention_kinds(cell.attention, layers, cell.group or 1)
     model |= {"attention_kinds": kinds, "position_embedding": cell.position, "sliding_window": cell.window}
     if cell.block is not None:
         model["summary_block"] = cell.block
     if batch * length % cell.length:
         raise ValueError(
-            f"a step has {batch * length:,} tokens at a time (recipe.train.per_device_train_batch_size x length), and "
-            f"sequences of {cell.length:,} do not fill it. Take a length that divides it."
+            f"the length must divide the {batch * length:,} tokens of a batch (recipe.train."
+            f"per_device_train_batch_size x length); got {cell.length:,}. Use a length that divides it."
         )
     train |= {"length": cell.length, "per_device_train_batch_size": batch * length // cell.length, "seed": cell.seed}
     if evaluate is not None:

@@ -69,7 +69,7 @@ def study(grid: StudyRecipe | str | os.PathLike[str], workers: int = 1) -> list[
     grid = as_recipe(grid, StudyRecipe)
     recipes: Sequence[PretrainRecipe] = recipes_of(grid)
     if workers < 1:
-        raise ZebraError(f"workers is at least 1; got {workers}. Raise it.")
+        raise ZebraError(f"workers must be at least 1; got {workers}. Raise it.")
     check_processes(recipes[0])
     check_machine(recipes[0].train)
     run = Path(grid.run)
@@ -79,7 +79,7 @@ def study(grid: StudyRecipe | str | os.PathLike[str], workers: int = 1) -> list[
         todo = [recipe for recipe in recipes if not _is_finished(Path(recipe.run))]
         _gather(run, recipes)  # raises for damaged results, before any work
         if len(todo) < len(recipes):
-            console.print(f"{len(recipes) - len(todo)} of {len(recipes)} cells are done already")
+            console.print(f"{len(recipes) - len(todo)} of {len(recipes)} cells are already done")
         failed = _run(run, recipes, todo, workers)
         results = _gather(run, recipes)
         for cell in (Path(recipe.run) for recipe in recipes):  # killed between their results and their page
@@ -88,9 +88,9 @@ def study(grid: StudyRecipe | str | os.PathLike[str], workers: int = 1) -> list[
     if failed:
         (name, reason), more = failed[0], len(failed) - 1
         raise ZebraError(
-            f"{name} failed, {reason.rstrip('.')}{f'; and {more} more' if more else ''}. Every log is "
-            f"{run / 'cells'}/<name>.log, the results of the others are {run / 'results.jsonl'}; the same command "
-            "tries again."
+            f"{name} failed, {reason.rstrip('.')}{f'; and {more} more' if more else ''}. Logs are in "
+            f"{run / 'cells'}/<name>.log, results of the other cells in {run / 'results.jsonl'}; run the same command "
+            "again to retry."
         )
     return results
 
@@ -162,7 +162,7 @@ def _check_run(run: Path, recipes: Sequence[PretrainRecipe]) -> None:
     trains = isinstance(recipes[0].tokenizer, NewTokenizer)
     if trains and origin.exists() and yaml.safe_load(origin.read_text(encoding="utf-8")) != expected:
         raise ZebraError(
-            f"{origin.parent} was trained by another recipe: its tokenizer or its data differ. "
+            f"{origin.parent} was trained with another recipe: its tokenizer or its data differ. "
             f"Name another run, or remove {run}."
         )
     recipes = _sharing_tokenizer(run, recipes)
@@ -290,4 +290,4 @@ def _reason(cell: Path, code: int) -> str:
         return f"killed by signal {-code}"
     log = Path(f"{cell}.log")
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
-    return next((line.removeprefix("zebra: ") for line in reversed(lines) if line.strip()), "and its log is empty")
+    return next((line.removeprefix("zebra: ") for line in reversed(lines) if line.strip()), "its log is empty")

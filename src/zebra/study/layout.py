@@ -41,7 +41,7 @@ class SummaryStripes(Stripes):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 1:
-            raise ZebraError(f"summary_block is a whole number from 1 on; got {self.block!r}. Mend the config.json.")
+            raise ZebraError(f"summary_block must be an integer of at least 1; got {self.block!r}. Fix config.json.")
 
     def layer_types(self, n: int) -> tuple[str, ...]:
         """The kind of each layer: those of transformers, and SUMMARY."""

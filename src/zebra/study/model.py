@@ -59,11 +59,11 @@ def attention_kinds(attention: str, layers: int, stride: int = 4) -> list[str]:
         ValueError: another name, or a stride below 1 or above the number of layers.
     """
     if attention not in ATTENTIONS:
-        raise ValueError(f"attention is one of {', '.join(ATTENTIONS)}; got {attention!r}.")
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; got {attention!r}.")
     if attention != "grouped":
         return [attention] * layers
     if not 1 <= stride <= layers:
-        raise ValueError(f"a group has from 1 to all {layers} layers; got {stride}.")
+        raise ValueError(f"a group must have from 1 to {layers} layers; got {stride}.")
     return ["global" if i % stride == 0 else "local" for i in range(layers)]
 
 
@@ -114,7 +114,7 @@ class StudyConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
             if (size := getattr(self, name)) is not None and size < 1:
-                raise ValueError(f"{name} is at least 1; got {size}.")
+                raise ValueError(f"{name} must be at least 1; got {size}.")
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // 48) * 16
         if self.rope_parameters is None:
@@ -129,18 +129,20 @@ class StudyConfig(LlamaConfig):
         """Check that the fields fit together."""
         kinds, longest = self.attention_kinds or [], self.max_position_embeddings
         if unknown := {*kinds} - {*KINDS}:
-            raise ValueError(f"attention_kinds are of {', '.join(KINDS)}; got {', '.join(sorted(unknown))}.")
+            raise ValueError(f"attention_kinds must be of {', '.join(KINDS)}; got {', '.join(sorted(unknown))}.")
         if self.position_embedding not in POSITIONS:
-            raise ValueError(f"position_embedding is one of {', '.join(POSITIONS)}; got {self.position_embedding!r}.")
+            raise ValueError(
+                f"position_embedding must be one of {', '.join(POSITIONS)}; got {self.position_embedding!r}."
+            )
         if {*kinds} != {"global"}:
             window = self.sliding_window
             if window is None or not 1 <= window <= longest:
-                raise ValueError(f"local layers have a window from 1 to the {longest} positions; got {window}.")
+                raise ValueError(f"local layers must have a window from 1 to the {longest} positions; got {window}.")
         if SUMMARY in kinds and not 1 <= self.summary_block <= longest:
-            raise ValueError(f"summary_block is from 1 to {longest}; got {self.summary_block}.")
+            raise ValueError(f"summary_block must be from 1 to {longest}; got {self.summary_block}.")
         heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % (key_value_heads or 1):
-            raise ValueError(f"key-value heads divide the heads; got {key_value_heads} of {heads}.")
+            raise ValueError(f"num_key_value_heads must divide num_attention_heads; got {key_value_heads} and {heads}.")
 
     @property
     def stripes(self) -> SummaryStripes | None:
@@ -167,7 +169,7 @@ class StudyPreTrainedModel(CwmPreTrainedModel):
             config._attn_implementation = ZEBRA
         if config.needs_zebra and config._attn_implementation != ZEBRA:
             raise ValueError(
-                f'ALiBi and summaries are computed by attention "{ZEBRA}" alone; got {config._attn_implementation!r}. '
+                f'ALiBi and summary layers require attn_implementation="{ZEBRA}"; got {config._attn_implementation!r}. '
                 "Leave attn_implementation out."
             )
         super().__init__(config, *args, **kwargs)
@@ -207,7 +209,7 @@ class StudyModel(StudyPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Compute hidden states: input_ids (B, T) or inputs_embeds (B, T, hidden) to (B, T, hidden)."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds.")
+            raise ValueError("pass either input_ids or inputs_embeds, not both or neither.")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -217,7 +219,9 @@ class StudyModel(StudyPreTrainedModel):
         if self.config.position_embedding == "absolute":
             longest, last = self.config.max_position_embeddings, int(position_ids.max())
             if last >= longest:
-                raise ZebraError(f"this model has {longest} learned positions; got one at {last}. Give a shorter text.")
+                raise ZebraError(
+                    f"this model has {longest} learned positions; got position {last}. Use a shorter text."
+                )
             hidden = hidden + self.embed_positions(position_ids)
         masks: Any = attention_mask
         if not isinstance(masks, dict):  # `generate` has made the masks for a cache of fixed size

@@ -38,21 +38,23 @@ class StudyRecipe(RecipeSection):
     @model_validator(mode="after")
     def _shared(self) -> StudyRecipe:
         if "run" in self.recipe:
-            raise ValueError("recipe has no run of its own: each cell has a directory under the grid's run; remove it")
+            raise ValueError("recipe cannot have a run: each cell has a directory under the grid's run; remove it")
         for name in ("model", "train", "evaluate"):
             if not isinstance(self.recipe.get(name) or {}, dict):
-                raise ValueError(f"recipe.{name} is a table of keys and values; got {self.recipe[name]!r}")
+                raise ValueError(f"recipe.{name} must be a mapping of keys to values; got {self.recipe[name]!r}")
         train, evaluate = self.recipe.get("train") or {}, self.recipe.get("evaluate") or {}
         if (length := evaluate.get("length", train.get("length"))) != train.get("length"):
             raise ValueError(
-                f"recipe.evaluate.length: each cell is measured at the length that it is trained at, here "
-                f"{train.get('length')}; got {length!r}; leave it out, and give recipe.evaluate.beyond to read farther"
+                f"recipe.evaluate.length must equal recipe.train.length, here {train.get('length')}; got {length!r}; "
+                "leave it out, and set recipe.evaluate.beyond to evaluate longer contexts"
             )
         model = self.recipe.get("model") or {}
         if (kind := model.get("model_type")) != NAME:
-            raise ValueError(f"recipe.model.model_type is {NAME}, whose layers have the kinds of a grid; got {kind!r}")
+            raise ValueError(f"recipe.model.model_type must be {NAME}; got {kind!r}")
         axes = [f"model.{name}" for name in ("attention_kinds", "layer_types", "position_embedding") if name in model]
         axes += ["stripes"] * (self.recipe.get("stripes") is not None)
         if axes:
-            raise ValueError(f"recipe.{axes[0]} is what the cells differ in, by attention and position; remove it")
+            raise ValueError(
+                f"recipe.{axes[0]} cannot be set: attention and position of the cells determine it; remove it"
+            )
         return self

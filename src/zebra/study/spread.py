@@ -85,7 +85,7 @@ def loss_difference(one: Losses, two: Losses, others: Iterable[Losses]) -> Diffe
     """
     shared = [one[seed] - two[seed] for seed in one if seed in two]
     if not shared:
-        return "no seed is in both"
+        return "no common seed"
     if not all(map(math.isfinite, shared)):
         return "a loss is not finite"
     mean, n = statistics.mean(shared), len(shared)

@@ -68,9 +68,11 @@ def summary_attention(
         NotImplementedError: any other argument of `attend`.
     """
     if mask.window is None or block < 1:
-        raise ValueError(f"a summary stands before a window, of blocks of at least 1; got {mask.window} and {block}.")
+        raise ValueError(
+            f"summary attention requires a window and a block of at least 1; got {mask.window} and {block}."
+        )
     if unknown := [name for name, value in kwargs.items() if value is not None]:
-        raise NotImplementedError(f"summary attention has no {', '.join(sorted(unknown))}.")
+        raise NotImplementedError(f"summary attention does not support {', '.join(sorted(unknown))}.")
     if k.shape[2] < mask.window + block:  # no block has ended before any query's band
         return attend(q, k, v, mask, scale=scale, slopes=slopes, with_lse=with_lse)
     near, near_lse = attend(q, k, v, mask, scale=scale, slopes=slopes)
