@@ -498,7 +498,7 @@ def test_a_local_layer_that_differs_from_sdpa_is_not_timed(monkeypatch: pytest.M
 
 
 def test_options_of_measuring_need_measure(zebra: Zebra, tmp_path: Path) -> None:
-    refused(zebra("doctor", "--size", 64), "belong to --measure")
+    refused(zebra("doctor", "--size", 64), "require --measure")
     refused(zebra("doctor", "--measure", "--out", tmp_path), "is a folder, a device or a pipe. Name a file")
 
 

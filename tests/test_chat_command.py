@@ -101,7 +101,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_session(checkpoint: Path, tmp_path: 
         terminal.type("/nothing\r")
         terminal.wait_for("there is no command /nothing")
         terminal.type("/undo\r")
-        terminal.wait_for("took back: Hello")
+        terminal.wait_for("removed: Hello")
         terminal.wait_for(">")
         terminal.type("\x04")
         assert terminal.process.wait(timeout=60) == 0
@@ -142,10 +142,10 @@ def test_files_of_one_name_in_two_folders_are_both_read(checkpoint: Path, tmp_pa
     ("lines", "says"),
     [
         ("/nothing\n", "there is no command /nothing"),
-        ("/file\n", "/file takes a path"),
+        ("/file\n", "/file requires a path"),
         ("/file none.txt\n", "no file matches none.txt"),
         ("/regenerate\n", "no message to answer again"),
-        ("/save x.jsonl\n", "after at least one answer"),
+        ("/save x.jsonl\n", "at least one answer before it"),
         ("word " * 600 + "\n", "this model reads 512"),
     ],
     ids=lambda part: part[:12],

@@ -160,7 +160,10 @@ BAD = {
     "same target": (["convert", STORIES, STORIES, "--stripes", "GL:9"], ["same directory"]),
     "verify dense": (["verify", STORIES, "--against", STORIES], ["no stripes"]),
     "missing text": (["evaluate", "perplexity", STORIES, "nothing.txt", "--length", "64"], ["no file matches"]),
-    "bad length": (["evaluate", "perplexity", STORIES, TEXT, "--length", "many"], ["--length takes numbers", "'many'"]),
+    "bad length": (
+        ["evaluate", "perplexity", STORIES, TEXT, "--length", "many"],
+        ["--length must be numbers", "'many'"],
+    ),
     "short text": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "64", "--convention", "truncated"],
         ["no document has enough tokens"],
@@ -225,7 +228,7 @@ BAD = {
     "target without a name": (["convert", STORIES, ".", "--stripes", "GL:9"], ["exists already"]),
     "a length in words": (
         ["plan", "llama-2-7b", "--length", "4k"],
-        ["'--length'", "whole number in digits", "plan --help"],
+        ["'--length'", "integer in digits", "plan --help"],
     ),
     "plan no layout": (["plan", "llama-2-7b", "--length", "64", "--stripes", ""], ["PATTERN:WINDOW", "got ''"]),
     "plan no extension": (["plan", "llama-2-7b", "--length", "64", "--self-extend", ""], ["GROUP:WINDOW", "got ''"]),

@@ -409,7 +409,7 @@ def test_an_engine_that_is_not_there_is_named(tmp_path: Path, zebra: Zebra) -> N
     for program in ("true", "cat"):
         refused(zebra("verify", target, *options, "--python", shutil.which(program)), "gives no answer of gguf")
     refused(zebra("verify", target, "--engine", "gguf"), "Name it with --against")
-    refused(zebra("verify", target, *options, "--rope", "yarn:2"), "--rope does not go with --engine")
+    refused(zebra("verify", target, *options, "--rope", "yarn:2"), "--rope cannot be combined with --engine")
     refused(zebra("verify", path, "--against", path, "--python", "x"), "--engine")
     with pytest.raises(ZebraError, match="beyond the window of 9; got length 5"):
         verify_export(target, path, "gguf", length=5)

@@ -211,8 +211,8 @@ def test_what_was_not_written_for_an_engine_is_not_run_by_it(tmp_path: Path, zeb
     refused(verify(mlx, "gguf"), "gguf runs a file that ends in .gguf")
     refused(verify(tmp_path / "x.gguf", "mlx"), "mlx runs a folder")
     refused(verify(path, "mlx"), "zebra.json cannot be read", "Name what `zebra export` wrote for it")
-    refused(verify(striped, "vllm", "--dtype", "bfloat16"), "--dtype does not go with --engine")
-    refused(verify(striped, "vllm", "--device", "cuda"), "--device does not go with --engine")
+    refused(verify(striped, "vllm", "--dtype", "bfloat16"), "--dtype cannot be combined with --engine")
+    refused(verify(striped, "vllm", "--device", "cuda"), "--device cannot be combined with --engine")
     for text in ("{", "[]"):
         (mlx / "zebra.json").write_text(text)
         refused(verify(mlx, "mlx"), "zebra.json cannot be read")

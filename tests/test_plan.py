@@ -559,7 +559,10 @@ REFUSED = {
         "powers of two, at most 1,048,576; got '9..16'",
     ),
     "a cluster that reads": (["llama-2-7b", "--cluster", "8"], "Add --phase train"),
-    "a cluster of one sharing": (["llama-2-7b", "--cluster", "8", "--parallel", "data=2"], "Leave out --parallel"),
+    "a cluster of one sharing": (
+        ["llama-2-7b", "--cluster", "8", "--parallel", "data=2"],
+        "cannot be combined with --parallel",
+    ),
     "devices": (["llama-2-7b", "--parallel", "shards=4"], "and ring at the end; got 'shards=4'"),
     "a ring of one device": (["llama-2-7b", "--parallel", "shard=4,ring"], "Add sequence=2"),
     "no devices": (["llama-2-7b", "--parallel", "shard=0"], "from 1 to 1,000,000; got 0"),

@@ -308,8 +308,8 @@ def test_the_table_and_a_warning(zebra: Zebra) -> None:
     ("arguments", "words"),
     [
         (("needle", "--length", "530"), ("--beyond",)),
-        (("needle", "--length", "4k"), ("--length takes numbers", "'4k'")),
-        (("needle", "--length", "300", "--depth", "middle"), ("--depth takes numbers", "'middle'")),
+        (("needle", "--length", "4k"), ("--length must be numbers", "'4k'")),
+        (("needle", "--length", "300", "--depth", "middle"), ("--depth must be numbers", "'middle'")),
     ],
 )
 def test_a_refusal_is_one_line(arguments: tuple[str, ...], words: tuple[str, ...], zebra: Zebra) -> None:

@@ -420,9 +420,9 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
         (("--budget", 9, *COMMON), ("keeps 1 to 4", "9")),
         (("--budget", 2, *COMMON, "--window", "many"), ("got 'L:many'",)),
         (("--budget", 2, *COMMON, "--convert", STORIES), ("same directory",)),
-        (("--budget", 2, *COMMON, "--full-decode"), ("--full-decode belongs to the conversion",)),
+        (("--budget", 2, *COMMON, "--full-decode"), ("--full-decode requires --convert",)),
         (("--budget", 2, *COMMON, "--field", "body"), ("a field applies only to files of records", "'body'")),
-        (("--budget", 2, *COMMON[:-2], "--task", "passkey", "--field", "body"), ("--field belongs to --text",)),
+        (("--budget", 2, *COMMON[:-2], "--task", "passkey", "--field", "body"), ("--field requires --text",)),
     ],
 )
 def test_a_refusal_is_one_line(

@@ -124,14 +124,14 @@ def _fail_usage(error: Any) -> None:
         if page := error.format_message():  # typer with rich has printed it
             print(page)
         raise SystemExit(2)
-    more = f" `{error.ctx.command_path} --help` lists what there is." if error.ctx else ""
+    more = f" `{error.ctx.command_path} --help` lists the options." if error.ctx else ""
     text = error.format_message().replace("Value error, ", "")
     for kind, plain in _NUMBERS.items():
         text = re.sub(f"Input should be a valid {kind},.*", plain, text)
     _fail(text.rstrip(".") + "." + more, 2)
 
 
-_NUMBERS = {"integer": "it takes a whole number in digits, such as 8192", "number": "it takes a number, such as 0.5"}
+_NUMBERS = {"integer": "it must be an integer in digits, such as 8192", "number": "it must be a number, such as 0.5"}
 """Of what pydantic says of a text that is none."""
 
 

@@ -38,14 +38,14 @@ class ChatSession:
         self._saved: set[Path] = set()
         chat.on_prefill = self._bar
         self._commands: dict[str, tuple[Callable[[str], None], str]] = {
-            "/file": (self._file, "PATH: put a document before the next message"),
-            "/undo": (self._undo, "take back the last message and its answer"),
+            "/file": (self._file, "PATH: add a document before the next message"),
+            "/undo": (self._undo, "remove the last message and its answer"),
             "/regenerate": (self._regenerate, "answer the last message again"),
             "/system": (self._system, "[TEXT]: show or set the system message"),
             "/save": (self._save, "PATH: write the conversation as JSON Lines, which zebra tune reads"),
-            "/stats": (self._stats, "the model, and the numbers of the last answer"),
-            "/help": (self._help, "this list"),
-            "/exit": (self._help, "leave, as Ctrl-D does"),
+            "/stats": (self._stats, "show the model and statistics of the last answer"),
+            "/help": (self._help, "show this list"),
+            "/exit": (self._help, "leave, like Ctrl-D"),
         }
 
     def run(self, messages: Iterable[str]) -> None:
@@ -72,7 +72,7 @@ class ChatSession:
         with _interrupts() as interrupted, self._bar:
             tokens = self.chat.add_document(text, interrupted.is_set)
         if tokens is None:
-            self._note(f"{name} was not added; what was read of it stays in the cache.")
+            self._note(f"{name} was not added; the part that was read stays in the cache.")
         else:
             self._note(f"{name} is read: context {self._of_reach(tokens)}. Ask about it.")
 
@@ -84,7 +84,7 @@ class ChatSession:
             self._commands[name][0](argument.strip())
         else:
             raise ZebraError(
-                f"there is no command {name}. /help lists them; a message that begins with / needs a word before it."
+                f"there is no command {name}. /help lists them; to begin a message with /, put a word before it."
             )
 
     def _answer(self, pieces: Generator[str, None, None]) -> None:
@@ -105,18 +105,18 @@ class ChatSession:
 
     def _file(self, path: str) -> None:
         if not path:
-            raise ZebraError("/file takes a path. Write for example /file book.txt.")
+            raise ZebraError("/file requires a path. Use for example /file book.txt.")
         file = Path(path.strip("'\"")).expanduser()
         self.add_document(file.name, document_text(file))
 
     def _undo(self, _: str) -> None:
         content = self.chat.undo()
-        self._note("there is nothing to take back." if content is None else f"took back: {content}")
+        self._note("there is nothing to undo." if content is None else f"removed: {content}")
 
     def _regenerate(self, _: str) -> None:
         pieces = self.chat.regenerate()
         if self.chat.decoding.temperature == 0:
-            self._note("at temperature 0 the same answer comes again; --temperature 0.8 draws another.")
+            self._note("temperature 0 gives the same answer again; use --temperature 0.8 for another.")
         self._answer(pieces)
 
     def _system(self, text: str) -> None:
@@ -126,7 +126,9 @@ class ChatSession:
 
     def _save(self, path: str) -> None:
         if not path or not self.chat.messages:
-            raise ZebraError("/save takes a path, after at least one answer. Write for example /save chat.jsonl.")
+            raise ZebraError(
+                "/save requires a path, and at least one answer before it. Use for example /save chat.jsonl."
+            )
         file = Path(path.strip("'\"")).expanduser().absolute()
         if file.exists() and file not in self._saved:
             raise ZebraError(f"{file} exists already. Name another file.")
@@ -153,7 +155,7 @@ class ChatSession:
         """Context used, bytes of the cache, seconds to the first token, tokens per second."""
         last = self.chat.last
         if last is None:
-            return "stopped before anything was read."
+            return "stopped before any token was read."
         parts = [f"context {self._of_reach(self.chat.context_used)}", f"cache {self.chat.cache_bytes / 2**20:,.1f} MiB"]
         if not math.isnan(last.seconds_to_first_token):
             parts.append(f"first token {last.seconds_to_first_token:.2f} s")

@@ -145,7 +145,7 @@ def select(
     arguments = options.call_arguments(locals(), "target", "full_decode")
     check_conversion(checkpoint, target, f"L:{window}", rope)
     if full_decode and target is None:
-        raise ZebraError("--full-decode belongs to the conversion; got no --convert. Add it, or leave both out.")
+        raise ZebraError("--full-decode requires --convert; got none. Add it, or leave --full-decode out.")
     _check_what_measures(**arguments)
     with show.working():
         from zebra.evaluate.selection import select as run
@@ -173,12 +173,12 @@ def _check_what_measures(
 ) -> None:
     """Check the texts and tasks that layers are chosen by."""
     if not text and not tasks:
-        raise ZebraError("layers are chosen by a text or by retrieval tasks; got neither. Give --text or --task.")
+        raise ZebraError("selecting layers requires a text or retrieval tasks; got neither. Give --text or --task.")
     for name, value in {"--separator": separator, "--field": field}.items():
         if value is not None and not text:
-            raise ZebraError(f"{name} belongs to --text; got none. Add it, or leave {name} out.")
+            raise ZebraError(f"{name} requires --text; got none. Add it, or leave {name} out.")
     if bos is not None and tasks:
-        raise ZebraError("--bos and --no-bos are for sequences of text, and --task has prompts. Leave them out.")
+        raise ZebraError("--bos and --no-bos apply to text sequences, not to the prompts of --task. Leave them out.")
     check_texts(text, separator=separator, field=field)
     if tasks:
         from zebra.data.needles import check_task
@@ -233,9 +233,7 @@ def verify(
         checks = _checked_in_engine(**arguments)
     else:
         if python is not None:
-            raise ZebraError(
-                "--python names the environment of an engine. Name the engine with --engine, or leave it out."
-            )
+            raise ZebraError("--python requires --engine, whose environment it names. Add --engine, or leave it out.")
         with show.working():
             from zebra.model.verify import verify as run
 
@@ -248,11 +246,11 @@ def verify(
 def _checked_in_engine(target: str, engine: str, against: str | None = None, **arguments: Any) -> list[Check]:
     """What an export computes in its engine, beside what it was made of."""
     if against is None:
-        raise ZebraError("an export is compared with the checkpoint that it was made of. Name it with --against.")
+        raise ZebraError("verifying an export requires the checkpoint that it was made from. Name it with --against.")
     if arguments.pop("device") != "cpu":
-        raise ZebraError("--device does not go with --engine. Leave it out.")
+        raise ZebraError("--device cannot be combined with --engine. Leave it out.")
     if other := sorted({*arguments} - {"python", "length", "seed"}):
-        raise ZebraError(f"--{other[0].replace('_', '-')} does not go with --engine. Leave it out.")
+        raise ZebraError(f"--{other[0].replace('_', '-')} cannot be combined with --engine. Leave it out.")
     with show.working():
         from zebra.exports.verify import verify_export
 

@@ -54,8 +54,8 @@ def instructions(
         stats = instruction_stats(written())
         if not stats:
             raise ZebraError(
-                f"these documents have nothing for {', '.join(options['kinds'])}: no questions, no summaries, or no "
-                "two passages of sentences to write. Give others, or other kinds."
+                f"no instructions of the kinds {', '.join(options['kinds'])} can be made from these documents: they "
+                "have no questions, no summaries, or no two passages of sentences. Use other documents or kinds."
             )
     show.instructions(stats, as_json)
     show.note(f"{sum(kind.instructions for kind in stats):,} instructions in {out}")

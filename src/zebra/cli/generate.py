@@ -63,7 +63,9 @@ def _prompt(text: str | None, file: Path | None) -> str:
     """The prompt as it is; a line break at the end of a file belongs to it."""
     if (text is None) == (file is None):
         both = "both" if text is not None else "neither"
-        raise ZebraError(f"a prompt is --prompt TEXT or --file PATH (- reads stdin); got {both}. Give one.")
+        raise ZebraError(
+            f"exactly one of --prompt TEXT and --file PATH (- reads stdin) is required; got {both}. Give one."
+        )
     if text is not None or file is None:
         return text or ""
     if str(file) != "-":

@@ -30,10 +30,12 @@ def numbers(
         try:
             values = None if value is None else [kind(part) for part in value.split(",")]
         except ValueError:
-            raise ZebraError(f"{option} takes numbers, several with commas; got {value!r}. Write {example}.") from None
+            raise ZebraError(
+                f"{option} must be numbers, comma-separated; got {value!r}. Use for example {example}."
+            ) from None
         if not all(least <= one <= most for one in values or ()):
             ends = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise ZebraError(f"{option} takes numbers {ends}; got {value!r}. Write {example}.")
+            raise ZebraError(f"{option} must be numbers {ends}; got {value!r}. Use for example {example}.")
         return values
 
     return callback

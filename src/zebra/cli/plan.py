@@ -75,7 +75,9 @@ def plan(
     )
     if cluster is not None:
         if any(option is not None for option in (parallel, memory, seconds, picture)):
-            raise ZebraError("--cluster plans many devices. Leave out --parallel, --memory, --seconds and --picture.")
+            raise ZebraError(
+                "--cluster cannot be combined with --parallel, --memory, --seconds or --picture. Leave those out."
+            )
         show.cluster(clusters.compare(run, ceilings, clusters.parse_cluster(cluster)), as_json)
         return
     shared = None if parallel is None else Parallel.parse(parallel)

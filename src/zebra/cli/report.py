@@ -58,7 +58,7 @@ def doctor(
 
     if not measure:
         if (device, size, out) != (None, None, None):
-            raise ZebraError("--device, --size and --out belong to --measure. Add it, or drop them.")
+            raise ZebraError("--device, --size and --out require --measure. Add it, or leave them out.")
         show.machine(machine(), kernels(), as_json)
         return
     from zebra import measure as measuring

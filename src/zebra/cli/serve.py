@@ -75,4 +75,4 @@ def _say(settings: ServeSettings, address: str, page: bool) -> None:
     where = f"the chat page {address}/, the API {address}/v1" if page else f"the API {address}/v1"
     if not page and settings.page is None and settings.on_loopback:
         where += "; no chat page, as gradio is not installed (the extra page)"
-    show.note(f"serving: {where}. Ctrl-C ends it, once running requests are answered.")
+    show.note(f"serving: {where}. Ctrl-C stops it after the running requests.")

@@ -159,7 +159,7 @@ def instructions(stats: Sequence[InstructionStats], as_json: bool) -> None:
     """How many instructions were generated of each kind, and their lengths."""
     if as_json:
         return json({"instructions": [kind._asdict() for kind in stats]})
-    head = ["kind", "instructions", "words of the documents", "words of the answer"]
+    head = ["kind", "instructions", "words in documents", "words in answers"]
     rows = [(k.kind, f"{k.instructions:,}", f"{k.document_words:,}", f"{k.answer_words:,}") for k in stats]
     _table(head, rows, numbers=slice(1, None))
 
@@ -172,9 +172,9 @@ def faults(faults: Sequence[tuple[str, str]], of: int, as_json: bool) -> None:
     for name, where in faults:
         lines.setdefault(name, []).append(where)
     if not lines:
-        line(f"{of:,} conversations, no fault")
+        line(f"{of:,} conversations, no faults")
         return
-    _table(["fault", f"of {of:,}", "first of them"], [(name, f"{len(at):,}", at[0]) for name, at in lines.items()])
+    _table(["fault", f"of {of:,}", "first at"], [(name, f"{len(at):,}", at[0]) for name, at in lines.items()])
 
 
 def dry_run(estimate: DryRun, as_json: bool) -> None:
@@ -290,7 +290,7 @@ def machine(facts: dict[str, str], servings: Sequence[Serving], as_json: bool) -
     dtypes = dict.fromkeys(serving.dtype for serving in servings)
     _table(["kernel by request", *dtypes], [(request, *kernels.values()) for request, kernels in by_request.items()])
     declines = [("" if i else kernel, reason) for kernel, why in reasons.items() for i, reason in enumerate(why)]
-    _table(["kernel", "declines some of these requests because"], declines)
+    _table(["kernel", "why it declines some of these requests"], declines)
 
 
 def _styled(markup: str) -> Text:

@@ -64,7 +64,7 @@ def _naming_the_command(command: str, file: Path, overrides: list[str] | None) -
                 fitting.append(other)
         if not fitting or command in fitting:
             raise
-        raise ZebraError(f"{file} is a recipe of `zebra {fitting[0]}`. Run it by that.") from None
+        raise ZebraError(f"{file} is a recipe of `zebra {fitting[0]}`. Use this command.") from None
 
 
 def _training_recipes() -> dict[str, Any]:
@@ -130,7 +130,9 @@ def study(
     from zebra.train.recipe_file import read_recipe
 
     if device is not None and not dry_run:
-        raise ZebraError(f"--device needs --dry-run: it plans the hours; training uses this machine. Got {device}.")
+        raise ZebraError(
+            f"--device requires --dry-run, as training uses this machine; got {device}. Add --dry-run, or leave it out."
+        )
     with _naming_the_command("study", recipe, set_):
         grid = read_recipe(recipe, StudyRecipe, set_ or [])
     with show.working():

@@ -252,8 +252,8 @@ class _Comparison:
         samples = self.data.selection_samples
         if samples < MIN_SAMPLES:
             raise ZebraError(
-                f"selecting layers requires {MIN_SAMPLES} sequences of {self.data.selection_length:,} tokens or more in "
-                "a quarter of the text, which is too short. Give more text, or leave out the selected methods."
+                f"selecting layers requires {MIN_SAMPLES} sequences of {self.data.selection_length:,} tokens or more "
+                "in a quarter of the text, which is too short. Give more text, or leave out the selected methods."
             )
         console.print(f"selecting {count} layers on {samples} sequences that are not scored below")
         return select(

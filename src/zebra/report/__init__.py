@@ -59,11 +59,10 @@ def write_report(
         ZebraError: no results, or a page whose name does not end in .html or .htm.
     """
     if not results:
-        raise ZebraError("a report needs at least one result; got 0. Give a run that has a results.jsonl.")
+        raise ZebraError("a report requires at least one result; got 0. Give a run that has results.")
     if html.suffix not in (".html", ".htm"):
         raise ZebraError(
-            f"a report is an HTML page, with Markdown and figures beside it; got the name {html.name!r}. "
-            f"Write to {html.with_suffix('.html')}."
+            f"a report must be an .html or .htm file; got the name {html.name!r}. Write to {html.with_suffix('.html')}."
         )
     in_chapters = {id(result) for chapter in chapters for result in chapter.results}
     rest = [result for result in results if id(result) not in in_chapters]

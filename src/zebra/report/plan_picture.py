@@ -28,7 +28,7 @@ def write_picture(path: Path, curves: Curves, *, phase: str, device: str) -> Non
     """
     if path.suffix != ".svg":
         raise ZebraError(
-            f"the picture is an SVG file; got the name {path.name!r}. Write to {path.with_suffix('.svg')}."
+            f"the picture must be an .svg file; got the name {path.name!r}. Write to {path.with_suffix('.svg')}."
         )
     panels = [
         ("attention", f"attention in {phase}, FLOPs", ""),

@@ -153,7 +153,7 @@ def better_strides(results: list[Result]) -> list[str]:
     pairs = (one.compared for one in _selections(results))
     return [
         f"on held-out sequences the stride {best.layout} loses less than {chosen.layout}: {best.value:+.4f} against "
-        f"{chosen.value:+.4f} nats a token. Give more samples, or take it by --stripes {best.layout}."
+        f"{chosen.value:+.4f} nats per token. Use more samples, or this layout: --stripes {best.layout}."
         for chosen, best in pairs
         if best.value < chosen.value
     ]
