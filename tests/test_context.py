@@ -121,7 +121,7 @@ def test_a_model_with_yarn_is_measured_as_far_as_it_reaches(stories: Path, recwa
     set_fields(stories, rope_parameters=yarn(4.0, 512))
     target = EvalTarget(stories)
     target.check_length(2048, beyond=False)
-    with pytest.raises(ZebraError, match=r"2,048 positions.*Take a shorter one, Self-Extend, or a checkpoint") as error:
+    with pytest.raises(ZebraError, match=r"2,048 positions.*Use a shorter one, Self-Extend, or a checkpoint") as error:
         target.check_length(2049, beyond=False)
     assert "yarn" not in str(error.value)  # a remedy that would be refused too
     with pytest.raises(ZebraError, match="a rope such as yarn:8, Self-Extend"):

@@ -377,7 +377,7 @@ def test_the_command_warns_in_one_line(zebra: Zebra, striped: Path) -> None:
         (("--file", "/dev/zero"), "is a folder, a device or a pipe"),
         (("--prompt", "a", "--temperature", "-1"), "greater than or equal to 0"),
         (("--prompt", "a", "--rope", "dynamic:2"), "a rope of type dynamic"),
-        (("--prompt", "a\udcffb"), "half a surrogate pair"),
+        (("--prompt", "a\udcffb"), "unpaired surrogate"),
         (("--prompt", "a", "--seed", str(10**30)), "seed must be an integer"),
         (("--prompt", "a", "--device", "meta"), "there is no device 'meta' here"),
         (("--prompt", "a", "--chat"), "no chat template"),

@@ -291,7 +291,7 @@ def test_too_little_memory_is_one_line_with_the_remedy() -> None:
     errors.append(OSError(12, "Cannot allocate memory"))
     for error in errors:
         assert str(machine_fault(error)).startswith("out of memory"), error
-        assert "Take a shorter length" in str(machine_fault(error))
+        assert "Use a shorter length" in str(machine_fault(error))
     assert "at 20.00 GiB more" in str(machine_fault(errors[0]))
 
 
