@@ -481,7 +481,7 @@ def test_a_failure_in_the_middle_leaves_no_target(tmp_path: Path, monkeypatch: p
         ({"stripes": 8}, "stripes must be written PATTERN:WINDOW .* got 8"),
         ({"rope": 8}, "a rope is none, .* got 8"),
         ({"self_extend": 8}, "Self-Extend must be GROUP:WINDOW, .* got 8"),
-        ({"stripes": "GL:8", "window": "64"}, "a window counts the keys .* got '64'"),
+        ({"stripes": "GL:8", "window": "64"}, "the window, the number of keys .* got '64'"),
         ({"stripes": "GL:8", "full_decode": "no"}, "full_decode is True, False or None; got 'no'"),
         ({"dtype": "bf16"}, "a dtype is one of .* got 'bf16'"),
         ({"dtype": torch.int8}, "a dtype is one of .* got 'int8'"),

@@ -630,7 +630,7 @@ NO_SELF_EXTEND: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
         "does not support the rope type dynamic",
     ),
-    "longrope by its old name": ({"rope_scaling": {"type": "su", "factor": 2.0}}, "a rope of type longrope"),
+    "longrope by its old name": ({"rope_scaling": {"type": "su", "factor": 2.0}}, "the rope type longrope"),
     "longrope in global layers": (
         {"rope_parameters": {GLOBAL: {"rope_type": "longrope"}, LOCAL: {"rope_type": "default"}}},
         "type longrope",

@@ -298,7 +298,7 @@ def test_refused_overrides(recipe: Any, override: str, message: str) -> None:
         (changed(train={"bf16": "yes"}), r"train\.bf16: .*\(got 'yes'\)"),
         (changed(train={"adam_beta2": 1.0}), r"train\.adam_beta2"),
         (changed(stripes="GLLL"), r"stripes: stripes must be written PATTERN:WINDOW.* \(got 'GLLL'\)"),
-        (changed(stripes="GL:0"), r"stripes: a window counts"),
+        (changed(stripes="GL:0"), r"stripes: the window, the number"),
         (
             changed(train={"save_steps": 15}),
             r"train: save_steps \(15\) must be a multiple of logging_steps \(10\).*change one",
