@@ -345,7 +345,7 @@ def test_ropes_that_cannot_be_trained(tmp_path: Path) -> None:
         ZebraError, match=r"extends the model's 512 positions to 563, but train.length is 600.*at least 2"
     ):
         adapt(adapt_recipe(tmp_path / "run", rope="yarn:1.1"))
-    with pytest.raises(ZebraError, match="type dynamic changes its frequencies"):
+    with pytest.raises(ZebraError, match="type dynamic change"):
         adapt(adapt_recipe(tmp_path / "run", rope="dynamic:2"))
     assert not (tmp_path / "run").exists()
 

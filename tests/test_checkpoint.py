@@ -69,7 +69,7 @@ def test_an_index_names_shards_within_the_checkpoint(name: str, tmp_path: Path) 
     index.write_text(index.read_text().replace('"w.safetensors"', json.dumps(name.format(outside))))
     before = digests(tmp_path)
     for act in (lambda: load(source), lambda: convert(source, tmp_path / "out", "GL:9")):
-        with rejected(r"a shard is a \.safetensors file within the checkpoint's directory; got"):
+        with rejected(r"a shard must be a \.safetensors file inside the checkpoint's directory; got"):
             act()
     assert digests(tmp_path) == before
 
@@ -111,11 +111,11 @@ WRONG_NUMBERS: list[dict[str, object]] = [
 @pytest.mark.parametrize("fields", WRONG_NUMBERS, ids=str)
 def test_a_number_of_a_config_that_computes_nonsense(fields: dict[str, object], stories: Path, zebra: Zebra) -> None:
     set_fields(stories, **fields)
-    with rejected(r" is a finite number( above 0)?; got .*\. Correct its config\.json"):
+    with rejected(r" must be a finite number( above 0)?; got .*\. Fix its config\.json"):
         load(stories)
     target = stories.parent / "out"
     for verb in (("convert", stories, target, "--stripes", "GL:9"), ("plan", stories, "--length", 512)):
-        refused(zebra(*verb), "is a finite number", "Correct its config.json")
+        refused(zebra(*verb), "must be a finite number", "Fix its config.json")
     assert not target.exists()
 
 
@@ -164,7 +164,7 @@ def test_a_tokenizer_of_no_use_is_one_line(stories: Path, zebra: Zebra) -> None:
 
     growing = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 170}
     set_tokenizer(stories, normalizer={"type": "Sequence", "normalizers": [growing, growing]})
-    refused(generate(), "normalizes one letter to 28,900")
+    refused(generate(), "normalize one character to at most")
     pattern = {"Regex": "(a|aa)+$|(x+x+)+y|(?:a+)+b"}
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     set_tokenizer(stories, normalizer=None, pre_tokenizer=split)
@@ -186,7 +186,7 @@ def test_a_number_that_is_passed_to_load_or_written_in_a_recipe() -> None:
 
 def test_weights_under_other_names(stories: Path) -> None:
     set_fields(stories, transformers_weights="other.safetensors")
-    with rejected(r"its weights lie in 'other\.safetensors' \(transformers_weights\)"):
+    with rejected(r"transformers_weights is not supported, .* got 'other\.safetensors'"):
         load(stories)
 
 
@@ -238,9 +238,9 @@ def test_an_adapter_beside_its_base_is_rejected_by_every_verb(stories: Path, tmp
         ("adapt", recipe),
         ("adapt", recipe, "--dry-run"),
     ):
-        refused(zebra(*verb), "with a peft adapter beside it", "merge_and_unload")
+        refused(zebra(*verb), "has both a full checkpoint and a peft adapter", "merge_and_unload")
     assert not out.exists()
-    with rejected("with a peft adapter beside it"):
+    with rejected("has both a full checkpoint and a peft adapter"):
         load(stories)
     both = AutoModelForCausalLM.from_pretrained(stories)(IDS).logits
     adapter = tmp_path / "adapter"
@@ -301,7 +301,7 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(
         ("run", pipeline),
     )
     for verb in verbs:
-        refused(zebra(*verb, input="y\n" * 9), "is Python code of its own", "--trust-remote-code")
+        refused(zebra(*verb, input="y\n" * 9), "is custom Python code", "--trust-remote-code")
     assert not witness.exists()
     done = zebra("generate", stories, "--prompt", "Once", "--max-new-tokens", 2, "--trust-remote-code")
     assert done.returncode == 0, done.stderr
@@ -310,13 +310,13 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(
 
 def test_a_model_that_is_code_of_a_checkpoint_is_never_run(stories: Path, zebra: Zebra) -> None:
     witness = with_code(stories, config=True)
-    with rejected("its model is Python code of its own, and zebra runs classes of transformers only"):
+    with rejected("its model is custom Python code, and zebra runs only model classes of transformers"):
         load(stories)
-    with rejected("zebra.load takes no trust_remote_code: models run as classes of transformers"):
+    with rejected("zebra.load does not accept trust_remote_code: it runs only model classes of transformers"):
         load(STORIES, trust_remote_code=True)
     load(STORIES, trust_remote_code=False)
     done = zebra("generate", stories, "--prompt", "Once", "--trust-remote-code", input="y\n")
-    refused(done, "its model is Python code of its own")
+    refused(done, "its model is custom Python code")
     assert not witness.exists()
 
 
@@ -335,7 +335,7 @@ def test_a_pickle_runs_nothing(call: Any, older: bool, stories: Path, tmp_path: 
     (stories / "model.safetensors").unlink()
     code = tensors | {"x": _Code(call, tmp_path / "it_ran")}
     torch.save(code, stories / "pytorch_model.bin", _use_new_zipfile_serialization=not older)
-    with rejected(r"pytorch_model\.bin is a pickle of more than tensors, .* Take the checkpoint as model\.safetensors"):
+    with rejected(r"pytorch_model\.bin is a pickle of more than tensors, .* Use model\.safetensors"):
         load(stories)
     assert not (tmp_path / "it_ran").exists()
 
@@ -344,5 +344,5 @@ def test_a_pickle_runs_nothing(call: Any, older: bool, stories: Path, tmp_path: 
 def test_a_pickle_of_something_else(content: object, stories: Path) -> None:
     (stories / "model.safetensors").unlink()
     torch.save(content, stories / "pytorch_model.bin")
-    with rejected(r"pytorch_model\.bin is corrupt or truncated: it holds no table of tensors"):
+    with rejected(r"pytorch_model\.bin is corrupt or truncated: it is not a dict of tensors"):
         load(stories)

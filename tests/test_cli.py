@@ -157,7 +157,7 @@ BAD = {
     "no window": (["convert", STORIES, "out", "--stripes", "GLLL"], ["PATTERN:WINDOW"]),
     "window of zero": (["convert", STORIES, "out", "--stripes", "GLLL:0"], ["at least 1", "got 0"]),
     "layer beyond": (["convert", STORIES, "out", "--stripes", "0,7:9"], ["layer 7", "5 layers"]),
-    "same target": (["convert", STORIES, STORIES, "--stripes", "GL:9"], ["same directory"]),
+    "same target": (["convert", STORIES, STORIES, "--stripes", "GL:9"], ["must be different directories"]),
     "verify dense": (["verify", STORIES, "--against", STORIES], ["no stripes"]),
     "missing text": (["evaluate", "perplexity", STORIES, "nothing.txt", "--length", "64"], ["no file matches"]),
     "bad length": (
@@ -180,15 +180,15 @@ BAD = {
     ),
     "sinks without local layers": (
         ["convert", STORIES, "out", "--stripes", "G:9+4"],
-        ["4 sinks belong to local layers"],
+        ["only local layers support 4 sinks"],
     ),
     "a window of a dense model": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--window", "9"],
-        ["for local layers, and this layout is full"],
+        ["requires local layers, but this layout is full"],
     ),
     "full decoding of a dense model": (
         ["generate", STORIES, "--prompt", "Once", "--full-decode"],
-        ["full decoding belong to local layers"],
+        ["only local layers support full decoding"],
     ),
     "full decoding with nothing decoded": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--stripes", "GL:2", "--full-decode"],
@@ -212,10 +212,13 @@ BAD = {
     "a NUL in a path": (["adapt", "recipe.yaml", "--set", 'run="a\\0b"'], ["NUL"]),
     "a key twice": (["adapt", "twice.yaml"], ["twice.yaml is not valid YAML", "duplicate key run"]),
     "a huge window": (["convert", STORIES, "out", "--stripes", f"GL:{10**22}"], ["below 2^31"]),
-    "a huge factor": (["convert", STORIES, "out", "--stripes", "GL:9", "--rope", "yarn:1e300"], ["a rope is none"]),
+    "a huge factor": (
+        ["convert", STORIES, "out", "--stripes", "GL:9", "--rope", "yarn:1e300"],
+        ["a rope must be none"],
+    ),
     "no such device": (
         ["evaluate", "perplexity", STORIES, "short.txt", "--length", "4", "--device", "cuda:77"],
-        ["no device 'cuda:77' here"],
+        ["device 'cuda:77' is not available"],
     ),
     "recipe of another verb": (["study", "recipe.yaml"], ["recipe.yaml is a recipe of `zebra adapt`"]),
     "verify alone": (["verify", STORIES], ["against (--against)"]),
@@ -223,7 +226,10 @@ BAD = {
         ["verify", "gone.gguf", "--against", STORIES, "--engine", "gguf"],
         ["there is no gone.gguf. Name what `zebra export` wrote"],
     ),
-    "verify elsewhere": (["verify", STORIES, "--against", STORIES, "--device", "tape"], ["no device 'tape'"]),
+    "verify elsewhere": (
+        ["verify", STORIES, "--against", STORIES, "--device", "tape"],
+        ["device 'tape' is not available"],
+    ),
     "verify in integers": (["verify", STORIES, "--against", STORIES, "--dtype", "int8"], ["float64', 'float32"]),
     "target without a name": (["convert", STORIES, ".", "--stripes", "GL:9"], ["exists already"]),
     "a length in words": (

@@ -311,7 +311,7 @@ def test_a_folder_for_mlx_shares_the_weights(tmp_path: Path, zebra: Zebra) -> No
     assert "full attention" not in (tmp_path / "smollm3-mlx" / "README.md").read_text()
     config = json.loads((tmp_path / "smollm3-mlx" / "config.json").read_text())
     assert (config["model_type"], config["no_rope_layers"]) == ("smollm3", [1, 1, 1, 0, 1])
-    refused(zebra("generate", tmp_path / "mlx", "--prompt", "a"), "exported for MLX", f"what it was made of: {path}")
+    refused(zebra("generate", tmp_path / "mlx", "--prompt", "a"), "exported for MLX", f"Use its source instead: {path}")
     refused(zebra("export", path, tmp_path / "all", "--to", "mlx", "--stripes", "L:9"), "needs a global layer")
 
 
@@ -334,7 +334,7 @@ def test_a_folder_for_vllm_says_its_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sglang" / "config.json").read_text())["sliding_window"] == 8
     assert "not run" in (tmp_path / "sglang" / "README.md").read_text()
     for use in (zebra.load, lambda it: zebra.export(it, tmp_path / "other", to="vllm")):
-        with pytest.raises(ZebraError, match=r"exported for SGLang, .* one key less than GL:9"):
+        with pytest.raises(ZebraError, match=r"exported for SGLang, .* one key smaller than in GL:9"):
             use(tmp_path / "sglang")
 
 

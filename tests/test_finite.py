@@ -94,7 +94,7 @@ def test_weights_that_are_not_finite_are_named(
     verb: str, value: float, broken: Callable[[float], Path], tmp_path: Path
 ) -> None:
     path = broken(value)
-    with pytest.raises(ZebraError, match=rf"weights of .* are not finite: 1 of the [0-9,]+ numbers of {BAD}") as error:
+    with pytest.raises(ZebraError, match=rf"weights of .* are not finite: 1 of the [0-9,]+ values of {BAD}") as error:
         VERBS[verb](path, tmp_path)
     assert str(path) in str(error.value) or str(tmp_path) in str(error.value)
     assert not (tmp_path / "run" / "model").exists()

@@ -233,7 +233,7 @@ def test_a_checkpoint_is_loaded_with_what_is_given(striped: Path, model: Any) ->
     one = zebra.generate(STORIES, ONCE, max_new_tokens=30, stripes="GLLL:129", dtype="float32", device="cpu")
     assert one.tokens == zebra.generate(model, ONCE, max_new_tokens=30).tokens
     assert isinstance(one, Generated)
-    with pytest.raises(zebra.ZebraError, match="stripes, dtype are for loading"):
+    with pytest.raises(zebra.ZebraError, match="stripes, dtype must be set when a model is loaded"):
         zebra.generate(model, ONCE, stripes="GL:9", dtype="float32")
 
 
@@ -379,7 +379,7 @@ def test_the_command_warns_in_one_line(zebra: Zebra, striped: Path) -> None:
         (("--prompt", "a", "--rope", "dynamic:2"), "a rope of type dynamic"),
         (("--prompt", "a\udcffb"), "unpaired surrogate"),
         (("--prompt", "a", "--seed", str(10**30)), "seed must be an integer"),
-        (("--prompt", "a", "--device", "meta"), "there is no device 'meta' here"),
+        (("--prompt", "a", "--device", "meta"), "device 'meta' is not available"),
         (("--prompt", "a", "--chat"), "no chat template"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",

@@ -150,5 +150,5 @@ def test_names_that_are_none(cache: Path, zebra: Zebra, tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match=r"there is no checkpoint at \./nobody/nothing"):
         package.convert("./nobody/nothing", tmp_path / "out", "GL:64")
     (snapshot := publish(cache, STORIES) / "adapter_config.json").write_text("{}")
-    with pytest.raises(ZebraError, match=f"{snapshot.parent} is a whole checkpoint with a peft adapter"):
+    with pytest.raises(ZebraError, match=f"{snapshot.parent} has both a full checkpoint and a peft adapter"):
         package.load(NAME)

@@ -190,5 +190,5 @@ def test_slopes_that_are_trained_get_their_gradient() -> None:
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_learned_sinks_of_another_number_of_heads_are_an_error(count: int) -> None:
     q, k, v = drawn(5, 5)
-    with pytest.raises(ValueError, match="s_aux has one score for each head, 4; got the shape"):
+    with pytest.raises(ValueError, match="s_aux must have one score for each of 4 heads; got shape"):
         zebra_attention(torch.nn.Module(), q, k, v, None, s_aux=torch.zeros(count))

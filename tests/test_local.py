@@ -346,13 +346,13 @@ def test_another_attention_loses_them_and_that_is_said(
         assert caplog.messages == []
         model.set_attn_implementation("sdpa")
     assert caplog.messages == [
-        '3 sinks and full decoding of local layers live in attention "zebra" and are lost under any other.'
+        '3 sinks and full decoding of local layers require attention "zebra" and are lost with any other.'
     ]
     plain = zebra.load(checkpoints("llama"), stripes=f"GLLL:{WINDOW}")
     assert off(logits(model, ids), logits(plain, ids)) < 2e-5
     arguments = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert model.generate(ids, **arguments).tolist() == plain.generate(ids, **arguments).tolist()
-    with pytest.raises(AttributeError, match='serves attention "zebra" alone'):
+    with pytest.raises(AttributeError, match='supports only attention "zebra"'):
         logits(model, ids, past_key_values=bounded_cache(model), use_cache=True)
     assert not hasattr(SinkKeys(ids, 0), "shape")
 
@@ -376,9 +376,12 @@ def test_another_cache_is_refused(full_decode: bool, checkpoints: MakeCheckpoint
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "full decoding of a dense model": ({"full_decode": True}, "belong to local layers, and this layout is full"),
-    "sinks without local layers": ({"stripes": "G:9+3"}, "belong to local layers"),
-    "a window of a dense model": ({"window": 64}, "for local layers, and this layout is full"),
+    "full decoding of a dense model": (
+        {"full_decode": True},
+        "only local layers support full decoding; the layout full has none",
+    ),
+    "sinks without local layers": ({"stripes": "G:9+3"}, "only local layers support 3 sinks"),
+    "a window of a dense model": ({"window": 64}, "requires local layers, but this layout is full"),
     "a window of zero": ({"stripes": "GL:9", "window": 0}, "got 0"),
 }
 

@@ -303,7 +303,7 @@ def test_a_head_that_its_class_treats_otherwise_is_rejected() -> None:
         return outputs
 
     model.forward = scaled
-    with torch.no_grad(), pytest.raises(ZebraError, match="does more than scale and cap its logits"):
+    with torch.no_grad(), pytest.raises(ZebraError, match="does more than scale and cap the logits of its head"):
         sequence_losses(model, ids)
     assert losses[:, 1:].all()
 

@@ -99,13 +99,16 @@ PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
         ({"cu_seq_lens_q": offsets(3, 10)}, "cu_seq_lens_q of"),  # a document in two sequences
         ({"cu_seq_lens_q": offsets(5, 3, 10)}, "cu_seq_lens_q of"),
         ({"cu_seq_lens_q": torch.tensor([3, 5, 10])}, "cu_seq_lens_q of"),
-        ({"cu_seq_lens_q": offsets(5, 10)[None]}, r"cu_seq_lens_q of the shape \(1, 3\)"),
+        ({"cu_seq_lens_q": offsets(5, 10)[None]}, r"cu_seq_lens_q of shape \(1, 3\)"),
         ({"cu_seq_lens_q": offsets(5, 10), "cu_seq_lens_k": offsets(3, 5, 10)}, "cu_seq_lens_k that differs"),
         ({"cu_seq_lens_q": offsets(5, 10), "max_length_k": 4}, "a document of 5 tokens and a smaller max_length"),
         ({"max_length_q": 5}, "max_length_k without cu_seq_lens_q"),
         ({"cu_seq_lens_q": offsets(5, 10), "seq_idx": torch.tensor([[0, 0, 0, 1, 1]])}, "seq_idx that differs"),
         ({"seq_idx": torch.zeros(1, 4)}, "seq_idx of 4 tokens"),
-        ({"cu_seq_lens_q": offsets(5, 10), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, "start again inside one"),
+        (
+            {"cu_seq_lens_q": offsets(5, 10), "position_ids": torch.tensor([[0, 1, 2, 0, 1]])},
+            "restart inside a document",
+        ),
     ],
 )
 def test_arguments_that_contradict_each_other_are_rejected(arguments: dict[str, Any], words: str) -> None:
@@ -149,7 +152,7 @@ def test_documents_behind_cached_tokens_are_rejected() -> None:
     ids = tokens(1, 12)
     cache = StripedCache(model.config)
     model(ids[:, :6], past_key_values=cache, use_cache=True)
-    with pytest.raises(ZebraError, match="a document that starts behind 6 of them"):
+    with pytest.raises(ZebraError, match="a document that starts after 6 of them"):
         model(ids[:, 6:], position_ids=torch.tensor([[6, 7, 0, 1, 2, 3]]), past_key_values=cache, use_cache=True)
 
 

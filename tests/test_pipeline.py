@@ -269,7 +269,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         r"stage tune: the tokenizer of .*/adapt/model has no chat",
     ),
     "a layer beyond": (["stages.convert.stripes=9:33"], "stage convert: .*layer 9"),
-    "sinks of no layer": (["stages.convert.stripes=G:33+4"], "stage convert: .*4 sinks belong to local layers"),
+    "sinks of no layer": (["stages.convert.stripes=G:33+4"], "stage convert: .*only local layers support 4 sinks"),
     "from of a report": (["stages.report={from: tune}"], "stage report: unknown key from"),
     "two layouts": (["stages.convert.select={budget: 2, window: 9, length: 64}"], "either stripes or select"),
     "no such task": (["stages.evaluate.retrieval.tasks=[pass]"], "stage evaluate: .*passkey"),

@@ -198,5 +198,5 @@ def test_layers_that_are_none_of_ours_are_never_cut(load: Load) -> None:
 
 @pytest.mark.parametrize("bounds", [{"max_texts": 0}, {"max_bytes": -1}])
 def test_bounds_that_store_nothing_are_refused(load: Load, bounds: dict[str, int]) -> None:
-    with pytest.raises(ZebraError, match="at least 1 text"):
+    with pytest.raises(ZebraError, match="max_texts must be at least 1"):
         PrefixCache(load("full"), **bounds)

@@ -81,7 +81,9 @@ def test_a_conversion_leaves_its_tensors_byte_for_byte(
         assert {check.tolerance for check in checks} == {allowed}
         assert all(check.passed for check in checks) or dtype == "bfloat16"  # random weights may round by more
     monkeypatch.setattr("zebra.model.quantization._stays_quantised", lambda config: True)
-    with pytest.raises(ZebraError, match=r"is quantised \(fp8\), and its checks run in bfloat16; got torch.float32"):
+    with pytest.raises(
+        ZebraError, match=r"is quantised \(fp8\) and can be checked only in bfloat16; got torch.float32"
+    ):
         library.verify(target, against=fp8, dtype="float32")
 
 
@@ -102,8 +104,8 @@ def test_every_measurement_serves_it_and_training_says_what_to_do(zebra: Zebra, 
         ({"quant_method": "awq", "bits": 4}, "gptqmodel"),
         ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "bitsandbytes"),
         ({"quant_method": "compressed-tensors"}, "compressed.tensors"),
-        ({"quant_method": "nothing"}, "does not know the method"),
-        ({"bits": 4}, "does not know the method"),
+        ({"quant_method": "nothing"}, "does not support the method"),
+        ({"bits": 4}, "does not support the method"),
     ],
 )
 def test_what_cannot_be_loaded_here_is_one_line_that_names_what_is_missing(
@@ -122,7 +124,7 @@ def test_settings_that_are_no_object(zebra: Zebra, fp8: Path, settings: Any, tmp
     set_fields(fp8, quantization_config=settings)
     convert = ("convert", fp8, tmp_path / "out", "--stripes", "GL:9")
     for verb in (("generate", fp8, "--prompt", "Once"), convert, ("plan", fp8, "--length", 64)):
-        refused(zebra(*verb), "quantization_config is an object with a quant_method; got", "Correct its config.json")
+        refused(zebra(*verb), "quantization_config must be a JSON object; got", "Fix its config.json")
 
 
 def test_quantised_weights_whose_config_does_not_say_so(fp8: Path) -> None:
@@ -144,8 +146,8 @@ def test_tensors_of_another_model_are_rejected(fp8: Path) -> None:
     tensors = load_file(file)
     changes: dict[str, dict[str, torch.Tensor]] = {
         "no module for model.extra.weight": tensors | {"model.extra.weight": torch.ones(2)},
-        "no tensor of model.norm": {name: one for name, one in tensors.items() if name != "model.norm.weight"},
-        "another shape of model.norm.weight": tensors | {"model.norm.weight": torch.ones(31)},
+        "no tensor for model.norm": {name: one for name, one in tensors.items() if name != "model.norm.weight"},
+        "different shapes of model.norm.weight": tensors | {"model.norm.weight": torch.ones(31)},
     }
     for text, changed in changes.items():
         save_file(changed, file, {"format": "pt"})

@@ -372,7 +372,7 @@ def test_a_rope_is_read_as_it_is_printed(recipe: Any) -> None:
     assert recipe().rope is None
     assert recipe(changed(rope=" YaRN:8.0 ")).rope == "yarn:8"
     assert recipe(changed(rope="none")).rope is None
-    with pytest.raises(ZebraError, match=r"rope: a rope is none, base:THETA.*got yarn:1"):
+    with pytest.raises(ZebraError, match=r"rope: a rope must be none, base:THETA.*got yarn:1"):
         recipe(PLAIN, "rope=yarn:1")
 
 

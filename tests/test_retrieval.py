@@ -234,9 +234,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"score": "recall"}, "score must be generate or likelihood; got 'recall'"),
     ({"lengths": [600]}, "600 tokens exceeds the 512 positions .*--beyond"),
     ({"lengths": [1400], "self_extend": "4:256"}, "1,400 tokens exceeds the 1,280 positions .* Self-Extend 4:256"),
-    ({"rope": "dynamic:2"}, "a rope of type dynamic changes its frequencies"),
-    ({"device": "moon"}, "there is no device 'moon'"),
-    ({"dtype": "int4"}, "a dtype is one of"),
+    ({"rope": "dynamic:2"}, "fixed frequencies; those of type dynamic change"),
+    ({"device": "moon"}, "device 'moon' is not available"),
+    ({"dtype": "int4"}, "dtype must be one of"),
 ]
 
 

@@ -316,8 +316,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"window": 0}, "an integer from 1"),
     ({"length": 600}, "600 tokens exceeds the 512 positions"),
     ({"text": [], "tasks": ["passkey"], "length": 40}, "passkey requires a length of at least"),
-    ({"device": "moon"}, "no device 'moon'"),
-    ({"dtype": "int4"}, "a dtype is one of"),
+    ({"device": "moon"}, "device 'moon' is not available"),
+    ({"dtype": "int4"}, "dtype must be one of"),
 ]
 
 
@@ -361,7 +361,7 @@ def test_records_have_their_text_in_a_field(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_layers_have_fixed_kinds_is_refused(checkpoints: Any) -> None:
-    with pytest.raises(ZebraError, match="each layer keeps its kind"):
+    with pytest.raises(ZebraError, match="each layer must keep its kind"):
         select(checkpoints("gemma3_text"), 1, **ARGUMENTS)
     with pytest.raises(ZebraError, match="at least 2 global layers; this model has 1"):
         select(checkpoints("gemma2", layer_types=["full_attention"] + ["sliding_attention"] * 4), 1, **ARGUMENTS)
@@ -419,7 +419,7 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
         (COMMON, ("Missing option '--budget'",)),
         (("--budget", 9, *COMMON), ("keeps 1 to 4", "9")),
         (("--budget", 2, *COMMON, "--window", "many"), ("got 'L:many'",)),
-        (("--budget", 2, *COMMON, "--convert", STORIES), ("same directory",)),
+        (("--budget", 2, *COMMON, "--convert", STORIES), ("must be different directories",)),
         (("--budget", 2, *COMMON, "--full-decode"), ("--full-decode requires --convert",)),
         (("--budget", 2, *COMMON, "--field", "body"), ("a field applies only to files of records", "'body'")),
         (("--budget", 2, *COMMON[:-2], "--task", "passkey", "--field", "body"), ("--field requires --text",)),

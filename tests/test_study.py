@@ -177,7 +177,7 @@ def test_rotary_without_summaries_becomes_a_stock_class(tmp_path: Path) -> None:
     other = tmp_path / "alibi"
     drawn("global", "alibi").float().save_pretrained(other)
     assert load(other, stripes="GL:6").config.attention_kinds == ["global", "local", "global"]
-    with pytest.raises(ZebraError, match=r'plain transformers does not compute .*attn_implementation="zebra"'):
+    with pytest.raises(ZebraError, match=r'plain transformers cannot run .*attn_implementation="zebra"'):
         verify(convert(other, tmp_path / "striped", "GL:6"), other)
     drawn("summary", "rotary").float().save_pretrained(tmp_path / "summary")
     with pytest.raises(ZebraError, match="this model has summary layers, SSS:6/3"):
@@ -192,7 +192,7 @@ def test_learned_positions_end_where_their_table_does(tmp_path: Path) -> None:
         lambda: retrieval.evaluate_retrieval(tmp_path, tasks=["passkey"], lengths=[65], beyond=True),
         lambda: zebra.generate(tmp_path, "a", max_new_tokens=64, on_text=pytest.fail),
     ):
-        with pytest.raises(ZebraError, match="64 learned positions, and 65 tokens are to be read"):
+        with pytest.raises(ZebraError, match="64 learned positions, .* got 65 tokens"):
             reads_too_much()
 
 
@@ -263,7 +263,7 @@ def test_no_rope_is_changed_where_there_is_none(positions: str, tmp_path: Path) 
 
 def test_sinks_are_refused_under_alibi(tmp_path: Path) -> None:
     drawn("grouped", "alibi").float().save_pretrained(tmp_path)
-    with pytest.raises(ZebraError, match="2 sinks stand far away, and ALiBi lowers"):
+    with pytest.raises(ZebraError, match="sinks are not supported with ALiBi, .* got 2 sinks"):
         load(tmp_path, stripes="GL:6+2")
     assert load(tmp_path, stripes="GL:4").config.window == 4
 

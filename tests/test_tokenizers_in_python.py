@@ -134,14 +134,17 @@ def test_a_package_that_a_tokenizer_needs_is_named(
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", absent)
     done = zebra("generate", checkpoint, "--prompt", "Once")
-    refused(done, "XTokenizer requires the X library", "Install that package by pip.")
+    refused(done, "XTokenizer requires the X library", "Install that package with pip.")
 
 
 def test_what_a_tokenizer_lacks_is_one_whole_line(zebra: Zebra, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = ("generate", stories, "--prompt", "Once")
     for file in stories.glob("*token*"):
         file.unlink()
-    refused(zebra(*line), "it has none, neither tokenizer.json nor tokenizer.model. Copy it from the source.")
+    refused(
+        zebra(*line),
+        "there are no tokenizer files, such as tokenizer.json or tokenizer.model. Copy them from the source.",
+    )
     (stories / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
 
     def absent(*_: Any, **__: Any) -> None:  # with the advice of another package
@@ -149,6 +152,4 @@ def test_what_a_tokenizer_lacks_is_one_whole_line(zebra: Zebra, stories: Path, m
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", absent)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(
-        zebra(*line), "tokenizer.model is read with the package sentencepiece, which is not installed. Install that"
-    )
+    refused(zebra(*line), "tokenizer.model requires the package sentencepiece, which is not installed. Install that")

@@ -128,7 +128,7 @@ def test_refusals(converted: Path, checkpoints: Callable[..., Path]) -> None:
         zebra.verify(STORIES, against=STORIES)
     with pytest.raises(ZebraError, match="different models: vocab_size is 512 and 97"):
         zebra.verify(converted, against=checkpoints("llama"))
-    with pytest.raises(ZebraError, match="beyond the window of 16; got length 10"):
+    with pytest.raises(ZebraError, match="larger than the window of 16; got 10"):
         zebra.verify(converted, against=STORIES, length=10)
 
 
@@ -209,9 +209,9 @@ def test_a_broken_self_extend_is_seen(broken: Any, names: set[str], monkeypatch:
 
 
 def test_what_self_extend_cannot_be_verified_with_is_refused(converted: Path) -> None:
-    with pytest.raises(ZebraError, match="Name the source with against"):
+    with pytest.raises(ZebraError, match="Pass it as against"):
         zebra.verify(converted)
-    with pytest.raises(ZebraError, match="acts beyond 16 tokens; got length 16"):
+    with pytest.raises(ZebraError, match="larger than the window of Self-Extend 8:16; got 16"):
         zebra.verify(STORIES, self_extend="8:16", length=16)
     with pytest.raises(ZebraError, match="below the trained length"):
         zebra.verify(STORIES, self_extend="8:512")

@@ -100,23 +100,23 @@ def zebra_attention(
 def _check_supported(module: nn.Module, attention_mask: Tensor | None, arguments: dict[str, Any]) -> None:
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            f'attention "{NAME}" takes a 2-D attention_mask (batch, tokens), 1 for real tokens; '
-            f"got the shape {tuple(attention_mask.shape)}, which would replace the layout of every layer. "
-            'For a mask of your own, load with attn_implementation="sdpa".'
+            f'attention "{NAME}" requires a 2-D attention_mask (batch, tokens) with 1 for real tokens; '
+            f"got shape {tuple(attention_mask.shape)}, which would replace the layout of every layer. "
+            'To use a custom mask, load with attn_implementation="sdpa".'
         )
     if not arguments.get("is_causal", getattr(module, "is_causal", True)):
         raise ValueError(f'attention "{NAME}" is causal; this layer is not. Load with attn_implementation="sdpa".')
     if arguments.get("output_attentions"):
         raise NotImplementedError(
-            'output_attentions: no kernel of attention "zebra" forms the weights. '
-            'Load with attn_implementation="eager" to look at them.'
+            'output_attentions is not supported by attention "zebra", whose kernels do not return the weights. '
+            'Load with attn_implementation="eager" to inspect them.'
         )
 
 
 def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
     """The output with learned sink scores s (H) in the softmax, out exp(lse) / (exp(lse) + exp(s)): (B, T, H, D)."""
     if sink.shape != lse.shape[1:2]:
-        raise ValueError(f"s_aux has one score for each head, {lse.shape[1]}; got the shape {tuple(sink.shape)}.")
+        raise ValueError(f"s_aux must have one score for each of {lse.shape[1]} heads; got shape {tuple(sink.shape)}.")
     share = torch.sigmoid(lse - sink[:, None]).transpose(1, 2).unsqueeze(-1)
     return (out * share).to(out.dtype)
 
@@ -159,9 +159,8 @@ def _check_layout(module: nn.Module, window: int | None) -> None:
     if window != expected:
         names = {layer: f"a window of {layer}" if layer else "no window" for layer in (window, expected)}
         raise ValueError(
-            f"layer {index} was built with {names[window]}, and config.sliding_window and layer_types now say "
-            f"{names[expected]}: a config that changes after loading changes no layer. Pass stripes or window to "
-            "zebra.load."
+            f"config.sliding_window and layer_types cannot be changed after loading: layer {index} was built with "
+            f"{names[window]}; the config now says {names[expected]}. Pass stripes or window to zebra.load."
         )
 
 
@@ -197,8 +196,8 @@ def zebra_mask(
     traced = torch.compiler.is_compiling()  # whether all keys are real is then known only at run time
     if not traced and (tokens := attention_mask.shape[1]) < kv_offset + real:
         raise ZebraError(
-            f"attention_mask has an entry for each token, cached ones too: {kv_offset + real} here; got {tokens}. "
-            "Pass that of the whole sequence, or none where all tokens are real."
+            f"attention_mask must have an entry for each token, including cached ones: {kv_offset + real} here; got "
+            f"{tokens}. Pass the mask of the whole sequence, or none if all tokens are real."
         )
     attention_mask = attention_mask[:, kv_offset : kv_offset + min(kv_length, real)].expand(batch_size, -1)
     if attention_mask.shape[1] == kv_length and not traced and bool(attention_mask.all()):

@@ -65,19 +65,19 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
     except Exception as error:  # of classes that expect other fields: a ZeroDivisionError, a RecursionError, ...
         text = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else first_line(error)
         if _CODE in str(error):
-            text = "its model is Python code of its own, and zebra runs classes of transformers only. Take another"
+            text = "its model is custom Python code, and zebra runs only model classes of transformers. Use another"
         raise ZebraError(f"the config of {path} cannot be read: {text}") from None
     check_fields(config.to_dict(), str(path))
     if routed:
         route_of(config)
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ZebraError(f"{path} is a {config.model_type}, of which transformers has no causal language model.")
+        raise ZebraError(f"{path} is a {config.model_type}, for which transformers has no causal language model.")
     if getattr(config, "layer_types", None) is not None and ignores_layer_types(config):
         remedy = "Remove layer_types from its config.json, then run `zebra convert`."
         if (exported := _zebra_json(directory / subfolder)).get("engine") == "mlx":
-            remedy = f"It was exported for MLX, which obeys them. Take what it was made of: {exported.get('source')}."
+            remedy = f"It was exported for MLX, which uses them. Use its source instead: {exported.get('source')}."
         raise ZebraError(
-            f"{path} is a {config.model_type} with layer_types, which its class ignores while its cache obeys them. "
+            f"{path} is a {config.model_type} with layer_types, which its model class ignores but its cache uses. "
             f"{remedy}"
         )
     if not is_gguf(path):
@@ -117,25 +117,25 @@ def load_tokenizer(
         tokenizer.encode("x")  # fails where the vocabulary lacks even its unknown token
     except ImportError as error:  # several lines of advice follow what it needs
         needs = _tokenizer_fault(directory) or first_line(error).partition(". ")[0]
-        raise ZebraError(f"the tokenizer of {path} cannot be read: {needs}. Install that package by pip.") from None
+        raise ZebraError(f"the tokenizer of {path} cannot be read: {needs}. Install that package with pip.") from None
     except Exception as error:  # a broken tokenizer.json ends in a bare Exception of the tokenizers library
         if _CODE in str(error) and not trust_remote_code:
-            remedy = "Read that code, then pass trust_remote_code (--trust-remote-code)"
+            remedy = "Review the code, then pass trust_remote_code (--trust-remote-code)"
             raise ZebraError(
-                f"the tokenizer of {path} is Python code of its own, which is not run unasked. "
-                f"{'Take another' if trust_remote_code is None else remedy}."
+                f"the tokenizer of {path} is custom Python code, which is not run by default. "
+                f"{'Use another' if trust_remote_code is None else remedy}."
             ) from None
         raise ZebraError(
             f"the tokenizer of {path} cannot be read: {_tokenizer_fault(directory) or first_line(error)}"
         ) from None
     if largest < 0:
-        raise ZebraError(f"the tokenizer of {path} has no token. Copy it from the source again.")
+        raise ZebraError(f"the tokenizer of {path} has no tokens. Copy it from the source again.")
     _check_growth(tokenizer, path)
     if config is not None and largest >= config.vocab_size:
         if (fewer := _without_tokens_beyond(tokenizer, config.vocab_size)) is not None:
             return fewer
         raise ZebraError(
-            f"the tokenizer of {path} makes ids up to {largest}, but the model has {config.vocab_size} embeddings. "
+            f"the tokenizer of {path} has ids up to {largest}, but the model has {config.vocab_size} embeddings. "
             "Use the tokenizer that the model was trained with."
         )
     return tokenizer
@@ -181,8 +181,8 @@ def _check_growth(tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike[st
     longest = 0 if normalizer is None else max(len(normalizer.normalize_str(letter)) for letter in printable)
     if longest > _MOST_GROWTH:
         raise ZebraError(
-            f"the tokenizer of {path} normalizes one letter to {longest:,}, and {_MOST_GROWTH} are the most that a "
-            "text may grow. Copy it from the source again."
+            f"a tokenizer may normalize one character to at most {_MOST_GROWTH}; that of {path} gives {longest:,}. "
+            "Copy it from the source again."
         )
 
 
@@ -191,9 +191,9 @@ def _tokenizer_fault(directory: str | os.PathLike[str]) -> str | None:
     names = [file.name for file in Path(directory).glob("*")]
     models = [name for name in names if name.endswith(".model")]
     if names and not any(name.startswith(("tokenizer", "vocab")) or name in models for name in names):
-        return "it has none, neither tokenizer.json nor tokenizer.model. Copy it from the source."
+        return "there are no tokenizer files, such as tokenizer.json or tokenizer.model. Copy them from the source."
     if models and "tokenizer.json" not in names and importlib.util.find_spec("sentencepiece") is None:
-        return f"{models[0]} is read with the package sentencepiece, which is not installed"
+        return f"{models[0]} requires the package sentencepiece, which is not installed"
     return None
 
 
@@ -270,19 +270,19 @@ def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAt
     values = _zebra_json(directory)
     if values.get("engine") == "sglang":
         raise ZebraError(
-            f"{path} was exported for SGLang, and its config.json has a window of one key less than "
-            f"{values.get('layout')}. Take what it was made of: {values.get('source')}."
+            f"{path} was exported for SGLang, so the window in its config.json is one key smaller than in "
+            f"{values.get('layout')}. Use its source instead: {values.get('source')}."
         )
     sinks, full_decode = values.get("sinks", 0), values.get("full_decode", False)
     if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):
         raise ZebraError(
-            f"{directory / 'zebra.json'}: sinks is a whole number of at least 0 and full_decode true or false; got "
-            f"{sinks!r} and {full_decode!r}. Correct them, or remove the file to load without."
+            f"{directory / 'zebra.json'}: sinks must be an integer of at least 0 and full_decode must be true or "
+            f"false; got {sinks!r} and {full_decode!r}. Fix them, or remove the file to load without them."
         )
     return LocalAttention(sinks, full_decode)
 
 
-_MEND = "Correct it, or remove it to load without its settings."
+_MEND = "Fix it, or remove it to load without its settings."
 
 
 def _layout_fields(config: PreTrainedConfig, local: LocalAttention) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def check_dtype(name: str) -> None:
         ZebraError: any other name.
     """
     if name not in DTYPES:
-        raise ZebraError(f"a dtype is one of {', '.join(DTYPES)}; got {name!r}. Choose one.")
+        raise ZebraError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}. Choose one.")
 
 
 def check_checkpoint(path: str | os.PathLike[str], subfolder: str = "") -> None:
@@ -67,7 +67,7 @@ def _check_generation(file: Path) -> None:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
         value = fields.get(name)
         if not all(isinstance(one, int) for one in (value if isinstance(value, list) else [value or 0])):
-            raise ZebraError(f"{file}: {name} is a token's id, or a list of them; got {value!r}. Correct it.")
+            raise ZebraError(f"{file}: {name} must be a token id or a list of token ids; got {value!r}. Fix it.")
 
 
 def check_gguf(path: Path) -> None:
@@ -86,11 +86,11 @@ def check_gguf(path: Path) -> None:
     for name, (shape, kind, start) in header.tensors.items():
         if kind not in GGML_QUANT_SIZES:
             raise ZebraError(
-                f"{path}: {name} has the type {kind}, which the installed gguf does not know. Install a newer one."
+                f"{path}: {name} has type {kind}, which the installed package gguf does not support. Upgrade gguf."
             )
         elements, width = GGML_QUANT_SIZES[kind]
         if start + math.prod(shape) // elements * width > size:
-            raise ZebraError(f"{path} is truncated: it has {size:,} bytes, and {name} lies beyond. Copy it again.")
+            raise ZebraError(f"{path} is truncated: it has {size:,} bytes, and {name} ends beyond them. Copy it again.")
 
 
 def check_gguf_package(path: str | os.PathLike[str]) -> None:
@@ -108,24 +108,24 @@ def _adapter_alone(path: Path, file: Path) -> ZebraError:
     moved, is_local = path.resolve().parent / "base", base.startswith((".", "/")) or base.count("/") != 1
     if is_local and not Path(base).is_dir():
         remedy = (
-            f"which lies at {moved} now. Write that" if (moved / "config.json").is_file() else "which is gone. Write"
+            f"which is now at {moved}. Write that" if (moved / "config.json").is_file() else "which is gone. Write its"
         )
         return ZebraError(
-            f"{path} is a peft adapter of {base}, {remedy} path as base_model_name_or_path into {file}, and load it "
-            "with peft (AutoPeftModelForCausalLM)."
+            f"{path} is a peft adapter of {base}, {remedy} path as base_model_name_or_path to {file}, and load the "
+            "adapter with peft (AutoPeftModelForCausalLM)."
         )
     return ZebraError(
-        f"{path} is a peft adapter of {base}, not a whole checkpoint. Load it with peft (AutoPeftModelForCausalLM), or "
-        "adapt with lora.merge: true."
+        f"{path} is a peft adapter of {base}, not a full checkpoint. Load it with peft (AutoPeftModelForCausalLM), or "
+        "train it again with lora.merge: true."
     )
 
 
 def _adapter_beside_base(path: str | os.PathLike[str]) -> ZebraError:
     """The error for a checkpoint that also has a peft adapter, which transformers would apply silently."""
     return ZebraError(
-        f"{path} is a whole checkpoint with a peft adapter beside it, so that it names two models. Move "
-        "adapter_config.json and adapter_model.safetensors into another folder, ADAPTER, to take the base alone. For "
-        f"both: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(path)!r}), ADAPTER)"
+        f"{path} has both a full checkpoint and a peft adapter, so the model to load is ambiguous. Move "
+        "adapter_config.json and adapter_model.safetensors to another directory, ADAPTER, to load the base model. To "
+        f"merge both: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(path)!r}), ADAPTER)"
         ".merge_and_unload().save_pretrained(TARGET)."
     )
 
@@ -151,27 +151,25 @@ def check_fields(fields: Mapping[str, Any], name: str) -> None:
             quantization_config that is no object.
     """
     if not isinstance(settings := fields.get("quantization_config"), Mapping | None):
-        raise ZebraError(
-            f"{name}: quantization_config is an object with a quant_method; got {settings!r}. Correct its config.json."
-        )
+        raise ZebraError(f"{name}: quantization_config must be a JSON object; got {settings!r}. Fix its config.json.")
     for key, largest in _COUNTS.items():
         if isinstance(value := fields.get(key), int | float) and not 1 <= value <= largest:
-            raise ZebraError(f"{name}: {key} is from 1 to {largest:,}; got {value}. Correct its config.json.")
+            raise ZebraError(f"{name}: {key} must be from 1 to {largest:,}; got {value}. Fix its config.json.")
     pad, vocabulary = fields.get("pad_token_id"), fields.get("vocab_size")
     if isinstance(pad, int) and isinstance(vocabulary, int) and not -vocabulary <= pad < vocabulary:
         raise ZebraError(
-            f"{name}: pad_token_id is null or one of {vocabulary:,} tokens; got {pad}. Correct its config.json."
+            f"{name}: pad_token_id must be null or one of {vocabulary:,} tokens; got {pad}. Fix its config.json."
         )
     for key, value in fields.items():
         if isinstance(value, Mapping) and (key.startswith("rope_") or key in (GLOBAL, LOCAL)):
             check_fields(value, name)
         elif isinstance(value, int | float) and not (math.isfinite(value) and (key not in _POSITIVE or value > 0)):
             rule = "a finite number above 0" if key in _POSITIVE else "a finite number"
-            raise ZebraError(f"{name}: {key} is {rule}; got {value}. Correct its config.json.")
+            raise ZebraError(f"{name}: {key} must be {rule}; got {value}. Fix its config.json.")
     if (file := fields.get("transformers_weights")) is not None:
         raise ZebraError(
-            f"{name}: its weights lie in {file!r} (transformers_weights), and zebra reads model.safetensors and its "
-            "shards. Rename the files, and remove that field."
+            f"{name}: transformers_weights is not supported, as zebra reads only model.safetensors and its shards; got "
+            f"{file!r}. Rename the files, and remove that field."
         )
 
 
@@ -189,7 +187,7 @@ def read_json_object(file: Path, remedy: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ZebraError(f"{file} cannot be read: {error}. {remedy}") from None
     if not isinstance(value, dict):
-        raise ZebraError(f"{file} cannot be read: it holds no JSON object. {remedy}")
+        raise ZebraError(f"{file} cannot be read: it is not a JSON object. {remedy}")
     return value
 
 
@@ -214,12 +212,12 @@ def check_conversion(
     check_checkpoint(source)
     if stripes is None and as_rope(rope).kind == "none" and not is_gguf(source):
         raise ZebraError(
-            f"a conversion of {source} changes its layout or its rope; got neither. Give stripes or a rope."
+            f"a conversion must change the layout or the rope of {source}; got neither. Give stripes or a rope."
         )
     config = Path(source) / "config.json"
     if config.is_file():
         check_family(str(read_json_object(config, "Copy it from the source again.").get("model_type")))
     if target is not None:
         if target.exists() and Path(source).exists() and target.samefile(source):
-            raise ZebraError(f"source and target are the same directory, {source}. Name another target.")
+            raise ZebraError(f"source and target must be different directories; both are {source}. Change the target.")
         check_new_directory(Path(os.path.abspath(target)))

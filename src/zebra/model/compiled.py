@@ -21,8 +21,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ZebraError(
-            "layers are compiled and sharded one by one, as GradientCheckpointingLayer of transformers; a "
-            f"{type(model).__name__} has none. Leave out compile, and parallel.shard."
+            "compile and parallel.shard require layers of transformers' class GradientCheckpointingLayer; "
+            f"{type(model).__name__} has none. Remove these settings."
         )
     return layers
 

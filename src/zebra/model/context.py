@@ -46,6 +46,6 @@ def check_learned_positions(config: PreTrainedConfig, length: int) -> None:
     rows = config.max_position_embeddings if getattr(config, "position_embedding", None) == "absolute" else length
     if length > rows:
         raise ZebraError(
-            f"this model has {rows:,} learned positions, and {length:,} tokens are to be read. Take fewer, or a model "
-            "with other positions."
+            f"this model has {rows:,} learned positions, which is its longest text; got {length:,} tokens. Use fewer, "
+            "or a model with other positions."
         )

@@ -49,7 +49,7 @@ def with_default_cache(cls: Any) -> Any:
             local = local_attention_of(self)
             if (setting := self_extend_of(self)) is not None:
                 _log.warning(
-                    "config.json has no field for Self-Extend: load what is saved with self_extend=%r.", str(setting)
+                    "config.json has no field for Self-Extend: load the checkpoint with self_extend=%r.", str(setting)
                 )
             warn_settings_outside_config(local)
             of_hub = inspect.signature(cls.push_to_hub).parameters
@@ -63,9 +63,9 @@ def with_default_cache(cls: Any) -> Any:
         def set_attn_implementation(self, *args: Any, **kwargs: Any) -> Any:
             """transformers' `set_attn_implementation`, with a warning about settings that are lost."""
             if (setting := self_extend_of(self)) is not None:
-                _log.warning('Self-Extend %s lives in attention "%s" and is dropped under any other.', setting, NAME)
+                _log.warning('Self-Extend %s requires attention "%s" and is lost with any other.', setting, NAME)
             if (local := local_attention_of(self)) and [*args, *kwargs.values()][:1] != [NAME]:
-                _log.warning('%s of local layers live in attention "%s" and are lost under any other.', local, NAME)
+                _log.warning('%s of local layers require attention "%s" and are lost with any other.', local, NAME)
             return super().set_attn_implementation(*args, **kwargs)
 
         def __reduce__(self) -> Any:
@@ -99,8 +99,8 @@ def _cache_kwargs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         local = local_attention_of(model)
         if local and model.config._attn_implementation == NAME and (uses_cache or local.full_decode):
             raise ZebraError(
-                f"this model has {local} in its local layers, which rest on the cache that its generate makes; got "
-                f"{'another cache' if uses_cache else 'use_cache=False'}. Leave that out, or load without them."
+                f"this model has {local} in its local layers and so requires the cache that generate creates; got "
+                f"{'another cache' if uses_cache else 'use_cache=False'}. Leave that out, or load without {local}."
             )
         return {}
     prompts = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]

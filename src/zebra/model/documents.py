@@ -56,20 +56,20 @@ def documents_of(
         raise _error("max_length_q or max_length_k without cu_seq_lens_q", queries)
     starts = seq_idx if seq_idx is None else _changes(seq_idx)
     if starts is not None and starts.shape[-1] != tokens - 1:
-        raise _error(f"seq_idx of {starts.shape[-1] + 1} tokens", queries)
+        raise _error(f"a seq_idx of {starts.shape[-1] + 1} tokens", queries)
     if offsets is not None:
         other = offsets if cu_seq_lens_k is None or past else cu_seq_lens_k
         starts = _starts(offsets, other, most, starts, queries)
     if position_ids is not None and tokens > 1:
         restarts = position_ids.diff(dim=-1) != 1 if keys is None else _restarts(position_ids, keys[:, past:].bool())
         if starts is not None and bool((restarts & ~starts).any()):
-            raise _error("position_ids that start again inside one of them", queries)
+            raise _error("position_ids that restart inside a document", queries)
         starts = restarts if starts is None else starts
     if starts is None or not bool(starts.any()):
         return None
     if past:
         raise ZebraError(
-            "packed documents stand in one forward pass without cached tokens; got a document that starts behind "
+            "packed documents require one forward pass without cached tokens; got a document that starts after "
             f"{past} of them. Pass all documents at once, with use_cache=False."
         )
     return pad(starts.cumsum(dim=-1), (1, 0)).expand(batch, -1)
@@ -103,7 +103,7 @@ def _starts(
         of_index: the result according to `seq_idx`, or None.
     """
     if offsets.dim() != 1:
-        raise _error(f"cu_seq_lens_q of the shape {tuple(offsets.shape)}", queries)
+        raise _error(f"cu_seq_lens_q of shape {tuple(offsets.shape)}", queries)
     size = math.prod(queries)
     index = torch.arange(size, device=offsets.device)
     document = torch.searchsorted(offsets[1:].contiguous(), index, right=True).view(queries)
@@ -123,6 +123,6 @@ def _starts(
 
 def _error(got: str, queries: tuple[int, int]) -> ZebraError:
     return ZebraError(
-        f"the arguments of packed documents describe one batch, of {queries[0]} x {queries[1]} tokens here, and agree; "
+        f"the arguments of packed documents must agree and describe a batch of {queries[0]} x {queries[1]} tokens; "
         f"got {got}. Pass what one collator returns, such as transformers' DataCollatorWithFlattening."
     )

@@ -31,7 +31,7 @@ def route_of(config: PreTrainedConfig) -> Route:
     routes = routes_of(config.model_type)
     if not routes:
         raise ZebraError(
-            f"there is no route for the family {config.model_type!r}; routes exist for "
+            f"the model family {config.model_type!r} is not supported; supported families are "
             f"{', '.join(dict.fromkeys(route.family for route in ROUTES if route.target))}. "
             "See CONTRIBUTING.md, how to add a model family."
         )
@@ -47,7 +47,7 @@ def _reason_against(route: Route, config: PreTrainedConfig) -> str | None:
         return route.reason
     if route.target not in CONFIG_MAPPING:
         version = transformers.__version__
-        return f"it runs as {route.target}, which transformers {version} does not have; install a newer"
+        return f"it runs as {route.target}, which transformers {version} does not have; upgrade transformers"
     descriptions = (each.description for each in route.unsupported if each.holds(config))
     return next((f"it has {description.format(target=route.target)}" for description in descriptions), None)
 
@@ -68,15 +68,15 @@ def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig
     route = route_of(config)
     if others := sorted({*layer_kinds(config)} - {GLOBAL, LOCAL}):
         raise ZebraError(
-            f"stripes are of global and local layers, and this model has {', '.join(others)} layers, "
-            f"{layout(config)}: it was trained with them and would be another. Leave the stripes out."
+            f"stripes support only global and local layers; this model was trained with {', '.join(others)} layers, "
+            f"{layout(config)}. Remove the stripes."
         )
     layer_types = stripes.layer_types(config.num_hidden_layers)
     fixed = route.fixed_kinds
     if fixed is not None and fixed.holds(config) and list(layer_types) != list(config.layer_types):
         raise ZebraError(
-            f"in this {config.model_type} checkpoint {fixed.description}, so each layer keeps its kind and only the "
-            f"window may change; {stripes} moves layers. Use {Stripes.of(config.layer_types, stripes.window)}."
+            f"in this {config.model_type} checkpoint {fixed.description}, so each layer must keep its kind and only "
+            f"the window can change; got {stripes}. Use {Stripes.of(config.layer_types, stripes.window)}."
         )
     target_class = type(AutoConfig.for_model(route.target))
     source_only = {f.name for f in fields(type(config))} - {f.name for f in fields(target_class)}
@@ -88,8 +88,8 @@ def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig
         target = target_class(**values)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ZebraError(
-            f"a field of this {config.model_type} is none of a {route.target}, which has its stripes: "
-            f"{' '.join(str(error).split())}. Correct its config.json."
+            f"a field of this {config.model_type} is not valid for {route.target}, as which it runs with stripes: "
+            f"{' '.join(str(error).split())}. Fix its config.json."
         ) from None
     target.architectures = [model_class(target).__name__]
     return target

@@ -32,12 +32,12 @@ def check_finite(values: Tensor, model: PreTrainedModel) -> None:
         if not bool(finite.all()):
             count = finite.numel() - int(finite.sum())
             raise ZebraError(
-                f"the weights of {name} are not finite: {count:,} of the {finite.numel():,} numbers of {tensor_name} "
-                "are NaN or infinite. Take another copy or an earlier checkpoint."
+                f"the weights of {name} are not finite: {count:,} of the {finite.numel():,} values of {tensor_name} "
+                "are NaN or infinite. Use another copy or an earlier checkpoint."
             )
     raise ZebraError(
         f"the logits of {name} are not finite, though its weights are: its activations overflow in {model.dtype}. "
-        f"Take another dtype, such as {'float64' if model.dtype == torch.float32 else 'float32'}."
+        f"Use another dtype, such as {'float64' if model.dtype == torch.float32 else 'float32'}."
     )
 
 

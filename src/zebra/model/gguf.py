@@ -123,8 +123,8 @@ def _mend_byte_level(state: dict[str, Any], header: GgufHeader) -> None:
         state["pre_tokenizer"] = PRE_TOKENIZERS[name]
     elif state["pre_tokenizer"] == _GPT2:
         _log.warning(
-            "%s splits text by %r, which neither zebra nor this transformers knows: some tokens will not be the "
-            "model's own. Put the original tokenizer.json into the converted directory.",
+            "%s has the pre-tokenizer %r, which neither zebra nor this transformers supports: some tokens will differ "
+            "from the model's own. Copy the original tokenizer.json to the converted directory.",
             header.path,
             name,
         )
@@ -179,7 +179,9 @@ def _write(path: Path, target: Path) -> None:
     counts = Counter(GGMLQuantizationType(tensor.kind).name for tensor in header.tensors.values())
     types = ", ".join(f"{count} {name}" for name, count in counts.most_common())
     for key in header.unread_keys():
-        _log.warning("%s: %s = %s is not read; a model that needs it will be worse.", path, key, header.metadata[key])
+        _log.warning(
+            "%s: %s = %s is ignored; a model that needs it will be less accurate.", path, key, header.metadata[key]
+        )
     stock_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with torch.device("meta"):
         model = stock_class(config)
@@ -187,8 +189,8 @@ def _write(path: Path, target: Path) -> None:
     expected = model.num_parameters()
     if weights != expected:
         raise ZebraError(
-            f"{path} has {weights:,} weights, and a {config.model_type} of its sizes {expected:,}: what it has more or "
-            f"less is not known. {ORIGINAL}"
+            f"{path} has {weights:,} weights, but a {config.model_type} of its sizes has {expected:,}, so some tensors "
+            f"are missing or not supported. {ORIGINAL}"
         )
     tokenizer = _read_tokenizer(header)  # before the weights, as they take longer
     dtype = str(config.dtype).removeprefix("torch.")

@@ -49,14 +49,14 @@ class Layerwise:
         count = model.config.num_hidden_layers
         if not isinstance(layers, nn.ModuleList) or len(layers) != count:
             raise ZebraError(
-                f"the layers of a {model.config.model_type} are run one by one from its decoder's list of {count} "
-                "layers, which it does not have. Choose the layout yourself, with --stripes."
+                f"running layers one by one requires a decoder with a list of {count} layers, which this "
+                f"{model.config.model_type} does not have. Choose the layout yourself, with --stripes."
             )
         others = names_of_other_overrides(model, LocalAttention)
         if model.config._attn_implementation != NAME or others:
             raise ZebraError(
-                f'layers change their kind in attention "{NAME}", without Self-Extend or any other override; '
-                f"got {others or model.config._attn_implementation}. Load it without."
+                f'changing the kind of layers requires attention "{NAME}" without Self-Extend or any other override; '
+                f"got {others or model.config._attn_implementation}. Load the model without it."
             )
         self._layers, self._window, self._local = layers, window, LocalAttention(sinks)
         self._attention = list(attention_modules(self._decoder))

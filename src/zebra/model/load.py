@@ -77,7 +77,7 @@ def read_device(name: str | None) -> str:
         torch.empty(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ZebraError(
-            f"there is no device {name!r} here: {first_line(error)}. `zebra doctor` lists those that are."
+            f"device {name!r} is not available: {first_line(error)}. Run `zebra doctor` to list devices."
         ) from None
     return str(device)
 
@@ -102,10 +102,10 @@ def device_name(device: torch.device | str) -> str:
 
 
 _REJECTED = {
-    "attn_implementation": f'it runs attention "{NAME}"; for another use from_pretrained of transformers',
-    "config": "it reads and stripes the checkpoint's own; give stripes, and fields of the config by name",
-    "output_loading_info": "it reads that itself and refuses a checkpoint that lacks tensors",
-    "trust_remote_code": "models run as classes of transformers, never as a checkpoint's own code; leave it out",
+    "attn_implementation": f'it uses attention "{NAME}"; for another, use from_pretrained of transformers',
+    "config": "it reads and changes that of the checkpoint; pass stripes, and fields of the config by name",
+    "output_loading_info": "it checks that itself and rejects a checkpoint with missing tensors; leave it out",
+    "trust_remote_code": "it runs only model classes of transformers, never code of a checkpoint; leave it out",
 }
 
 
@@ -148,9 +148,9 @@ def load(
     """
     for name, why in _REJECTED.items():
         if from_pretrained_arguments.get(name, False) is not False:
-            raise ZebraError(f"zebra.load takes no {name}: {why}.")
+            raise ZebraError(f"zebra.load does not accept {name}: {why}.")
     if not isinstance(full_decode, bool | None):
-        raise ZebraError(f"full_decode is True, False or None; got {full_decode!r}. Choose one.")
+        raise ZebraError(f"full_decode must be True, False or None; got {full_decode!r}. Choose one.")
     if isinstance(dtype := from_pretrained_arguments.get("dtype"), str | torch.dtype) and dtype != "auto":
         read_dtype(dtype)
     routed = self_extend is None or stripes is not None or window is not None
@@ -191,7 +191,7 @@ def _layout(
         current = stripes_of(config)
         if current is None:
             raise ZebraError(
-                f"a window of {window} is for local layers, and this layout is {FULL}. Give stripes, such as "
+                f"a window of {window} requires local layers, but this layout is {FULL}. Give stripes, such as "
                 f"GLLL:{window}."
             )
         config = with_stripes(config, replace(current, window=window))
@@ -218,12 +218,12 @@ def _loaded(path: str | os.PathLike[str], config: PreTrainedConfig, rest: dict[s
         if not isinstance(error, KeyError) or error.args != (NAME,):
             raise
         raise ZebraError(
-            f"the attention of a {config.model_type} is not one of transformers' registered functions, so Self-Extend "
-            "cannot reach it."
+            f"Self-Extend requires a model that uses transformers' registered attention functions; a "
+            f"{config.model_type} does not. Load it without Self-Extend."
         ) from None
     if info["missing_keys"]:
         raise ZebraError(
-            f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Config and weights differ."
+            f"{path}: the weights lack {', '.join(sorted(info['missing_keys']))}. Its config and weights do not match."
         )
     if method is not None:
         dtype = rest.get("dtype", "auto")
@@ -274,7 +274,7 @@ def converted_config(
     config = as_rope(rope).apply(config)
     check_fixed_rope(config, "converting")
     if local and stripes_of(config) is None:
-        raise ZebraError(f"{local} belong to local layers, and the layout {layout(config)} has none. Leave them out.")
+        raise ZebraError(f"only local layers support {local}; the layout {layout(config)} has none. Leave them out.")
     return config, local
 
 

@@ -110,9 +110,11 @@ class LoadOptions:
             config = self.config(model)
             return config, tokenizer or self.tokenizer(model, config)
         if names := self.names():
-            raise ZebraError(f"{', '.join(names)} are for loading, and this model is loaded. Give them to zebra.load.")
+            raise ZebraError(
+                f"{', '.join(names)} must be set when a model is loaded; got a loaded model. Pass them to zebra.load."
+            )
         if tokenizer is None and not model.name_or_path:
-            raise ZebraError("this model has no checkpoint, and so no tokenizer. Pass tokenizer=.")
+            raise ZebraError("this model was not loaded from a checkpoint, so it has no tokenizer. Pass tokenizer=.")
         return model.config, tokenizer or self.tokenizer(model.name_or_path, model.config)
 
     def model(self, checkpoint: str | os.PathLike[str]) -> PreTrainedModel:

@@ -76,8 +76,8 @@ class LocalAttention:
             start, key = key.start, key.states
         elif (past := value.shape[2] - new) > 0 and mask.window and (self.full_decode or past >= mask.window - 1):
             raise ZebraError(
-                f"this model has {self} in its local layers, which keep them in the cache of zebra.load alone; got "
-                "another cache with tokens in it. Leave cache_implementation out, or pass "
+                f"this model has {self} in its local layers and so requires the cache of zebra.load; got another cache "
+                "with tokens in it. Remove cache_implementation, or pass "
                 "zebra.model.self_extend.bounded_cache(model)."
             )
         with_sinks = replace(mask, sinks=self.sinks)
@@ -106,12 +106,12 @@ def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
         ZebraError: no local layers; sinks under ALiBi.
     """
     if local.sinks and getattr(model.config, "position_embedding", None) == "alibi":
-        raise ZebraError(f"{local} stand far away, and ALiBi lowers the scores of what is far away. Leave them out.")
+        raise ZebraError(f"sinks are not supported with ALiBi, which lowers distant scores; got {local}. Remove them.")
     stripes = stripes_of(model.config)
     kinds = stripes.layer_types(model.config.num_hidden_layers) if stripes else ()
     if LOCAL not in kinds:
         raise ZebraError(
-            f"{local} belong to local layers, and this layout is {layout(model.config)}. Give stripes, such as "
+            f"only local layers support {local}; the layout {layout(model.config)} has none. Give stripes, such as "
             "GLLL:512+4."
         )
     for module in attention_modules(model):
@@ -137,7 +137,7 @@ def warn_settings_outside_config(local: LocalAttention) -> None:
     """Warn, before a checkpoint is written, about settings that plain transformers will not read."""
     if local:
         _log.warning(
-            "config.json has no field for %s: zebra.json beside it has, which zebra.load reads; plain transformers and "
-            "vLLM run the checkpoint without.",
+            "config.json has no field for %s, so zebra.json stores the setting. zebra.load reads it; plain "
+            "transformers and vLLM run the checkpoint without.",
             local,
         )

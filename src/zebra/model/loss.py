@@ -60,8 +60,8 @@ class Head:
         rounded = any(torch.equal(expected.to(dtype).float(), expected) for dtype in (torch.bfloat16, torch.float16))
         if (self.logits(states) - expected).abs().max() > (0.05 if rounded else 1e-3) * scale:
             raise ZebraError(
-                "the head of this model's class does more than scale and cap its logits, so that a loss without them "
-                "would be wrong. Measure it with `zebra evaluate tasks`."
+                "this model's class does more than scale and cap the logits of its head, so its loss cannot be "
+                "computed in chunks. Evaluate it with `zebra evaluate tasks`."
             )
 
     def summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class OpaqueKeys:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
-            'the cache of a model under Self-Extend, with sinks or with full decoding serves attention "zebra" alone; '
+            'the cache of a model with Self-Extend, sinks or full decoding supports only attention "zebra"; '
             f"after set_attn_implementation, or in another model, pass a DynamicCache. ({name} of opaque keys)"
         )
 
@@ -99,7 +99,7 @@ class SelfExtendLayer(PerSequenceStates, GrowingLayer):
         near = self.near.shape[-2] - (before - length) if self.near.numel() else 0
         if near < min(length, self.window - 1):
             raise RuntimeError(
-                "tokens were removed from a cache that had already dropped the near keys before them. "
+                "tokens cannot be removed from a cache that has already dropped the near keys before them. "
                 "Call activate_past_recording first."
             )
         self.near = self._near_buffer.last(self.near[:, :, : max(0, near)], self.window - 1)

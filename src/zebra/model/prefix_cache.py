@@ -95,7 +95,7 @@ class PrefixCache:
     def __init__(self, model: PreTrainedModel, *, max_texts: int = 1, max_bytes: int | None = None) -> None:
         if max_texts < 1 or (max_bytes is not None and max_bytes < 0):
             raise ZebraError(
-                "a prefix cache stores at least 1 text, of at least 0 bytes; got "
+                "max_texts must be at least 1, and max_bytes None or at least 0; got "
                 f"max_texts={max_texts}, max_bytes={max_bytes}. Raise them."
             )
         self.max_texts, self.max_bytes = max_texts, max_bytes

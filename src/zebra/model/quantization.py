@@ -41,7 +41,7 @@ def check_quantization(path: str | os.PathLike[str], config: PreTrainedConfig) -
     if method is None:
         return
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # it would read the weights as if they were not quantised
-        raise cannot_load(path, method, "this transformers does not know the method")
+        raise cannot_load(path, method, "this transformers does not support the method")
     try:
         _quantizer(config)
     except LOADING_ERRORS as error:
@@ -64,8 +64,8 @@ def dtype_of_checks(
         return dtype or torch.float32
     if dtype not in (None, torch.bfloat16):
         raise ZebraError(
-            f"{path} is quantised ({quantization_of(config)}), and its checks run in bfloat16; got {dtype}. Leave it "
-            "out."
+            f"{path} is quantised ({quantization_of(config)}) and can be checked only in bfloat16; got {dtype}. Leave "
+            "out the dtype."
         )
     return torch.bfloat16
 
@@ -95,7 +95,7 @@ def cannot_load(path: str | os.PathLike[str], method: str, reason: str) -> Zebra
     """The error for quantised weights that cannot be loaded here."""
     return ZebraError(
         f"{path} is quantised ({method}), and transformers cannot load it here: {reason.rstrip('. ')}. "
-        "Mend that, or take the checkpoint before quantisation."
+        "Fix that, or use the checkpoint before quantisation."
     )
 
 

@@ -53,8 +53,8 @@ class Rope:
         known = self.kind in (*_FACTORS, "base")
         if not known or self.amount is None or not least <= self.amount <= LARGEST_FACTOR:
             raise ZebraError(
-                "a rope is none, base:THETA, or one of linear, yarn, llama3 with a factor above 1, or dynamic with one "
-                f"of at least 1; got {self}. Write for example yarn:8 or base:5000000."
+                "a rope must be none, base:THETA, linear, yarn or llama3 with a factor above 1, or dynamic with a "
+                f"factor of at least 1; got {self}. Write, for example, yarn:8 or base:5000000."
             )
 
     @classmethod
@@ -62,7 +62,7 @@ class Rope:
         """Parse the notation that `str()` prints."""
         kind, colon, amount = str(text).strip().partition(":")
         if colon and not re.fullmatch(r"\s*[0-9]+(\.[0-9]*)?([eE][+]?[0-9]+)?\s*", amount):
-            raise ZebraError(f"a rope is written KIND:NUMBER; got {text!r}. Write for example yarn:8, or none.")
+            raise ZebraError(f"a rope must be written KIND:NUMBER; got {text!r}. Write, for example, yarn:8, or none.")
         return cls(kind.strip().lower(), float(amount) if colon else None)
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class Rope:
         if self.kind == "none":
             return config
         if reason := self.reason_against(config):
-            raise ZebraError(f"the rope of this {config.model_type} cannot become {self}: {reason}.")
+            raise ZebraError(f"the rope of this {config.model_type} cannot be changed to {self}: {reason}.")
         by_kind = GLOBAL in config.rope_parameters
         old = config.rope_parameters[GLOBAL] if by_kind else config.rope_parameters
         new = {name: old[name] for name in _UNCHANGED if name in old}
@@ -103,18 +103,18 @@ class Rope:
         if (positions := getattr(config, "position_embedding", "rotary")) != "rotary":
             return f"its positions are {positions}. Leave the rope out"
         if config.model_type == "cohere2":
-            return "only its local layers have one, and they never look beyond their window. Leave the rope as it is"
+            return "only its local layers have one, and they never see beyond their window. Leave the rope as it is"
         if self.kind == "base" and getattr(config, "layer_rope_theta", None):
-            return "each layer has a base of its own (layer_rope_theta). Take yarn, linear or llama3"
+            return "each layer has its own base (layer_rope_theta). Use yarn, linear or llama3"
         if self.kind == "dynamic" and by_kind:
-            return "each kind of layer has its own, and dynamic NTK serves one rope only. Take yarn, linear or llama3"
+            return "each kind of layer has its own, and dynamic NTK supports only one. Use yarn, linear or llama3"
         if not old:
             return "it has none. Leave the rope out"
         if old.get("rope_type", "default") != "default":
             has = ", ".join(f"{name} {value}" for name, value in old.items() if not isinstance(value, list))
-            return f"it is scaled already ({has}). Start from the checkpoint before, or leave the rope as it is"
+            return f"it is already scaled ({has}). Start from the unscaled checkpoint, or leave the rope as it is"
         if self.kind == "base" and self.amount <= old["rope_theta"]:
-            return f"a larger base is above the {old['rope_theta']:,.0f} that it is. Raise it"
+            return f"the base must be larger than the current {old['rope_theta']:,.0f}. Raise it"
         return None
 
 
@@ -180,9 +180,9 @@ def check_fixed_rope(config: PreTrainedConfig, purpose: str) -> None:
     kind = changes_with_length(config)
     if kind is not None:
         raise ZebraError(
-            f"a rope of type {kind} changes its frequencies with the text's length, so that cached keys would carry "
-            f"others than new ones, and {purpose} needs one set. It serves `zebra evaluate perplexity` only. Take "
-            "yarn, linear, llama3 or base."
+            f"{purpose} requires a rope with fixed frequencies; those of type {kind} change with the length of the "
+            "text, so cached and new keys would not match. Use yarn, linear, llama3 or base; "
+            f"{kind} supports only `zebra evaluate perplexity`."
         )
 
 
@@ -196,8 +196,8 @@ def length_dependent_rope_hook(
     """
     if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
         raise ZebraError(
-            f"this model's rope is {changes_with_length(module.config)}: its frequencies change with the length, so "
-            "cached keys would carry others than new ones. Pass use_cache=False, or take yarn for generating."
+            f"the rope type {changes_with_length(module.config)} does not support a KV cache: its frequencies change "
+            "with the length, so cached and new keys would not match. Pass use_cache=False, or use yarn to generate."
         )
     import torch  # recipes read the notation without it
 

@@ -89,7 +89,7 @@ def _rope_differs(config: PreTrainedConfig) -> bool:
 
 
 _BIASED = Condition("biases in the attention projections, which {target} would drop", lambda c: bool(c.attention_bias))
-WITHOUT_END_TOKENS = Condition("no bos_token_id or no eos_token_id: {target} would bring its own", _lacks_token)
+WITHOUT_END_TOKENS = Condition("no bos_token_id or no eos_token_id: {target} would use its own", _lacks_token)
 _BIDIRECTIONAL = Condition("bidirectional attention", lambda c: bool(getattr(c, "use_bidirectional_attention", False)))
 _TWO_ROPES = Condition("global and local layers have different ropes", _rope_differs)
 READS_LAYER_TYPES = "reads layer_types itself"
@@ -118,7 +118,7 @@ ROUTES: tuple[Route, ...] = (
     Route("gpt_oss", "gpt_oss", READS_LAYER_TYPES),
     Route("phi3", None, _NO_CLASS.format("its fused projections (qkv_proj, gate_up_proj)")),
     Route("mixtral", None, _NO_CLASS.format("its experts") + "; minimax has them, and one window for all layers"),
-    Route("granite", None, "the classes with its tensors lack its multipliers; granite_swa has those, and wants sinks"),
+    Route("granite", None, "the classes with its tensors lack its multipliers; granite_swa has those, but needs sinks"),
     Route("cohere", None, "cohere2 has its tensors, but rotates local layers only"),
     Route("gemma", None, "the classes with its tensors neither scale embeddings nor add 1 to a norm's weight"),
     Route("gemma3", None, "it is a vision-language model; gemma3_text is its text model"),
@@ -157,12 +157,12 @@ def check_family(family: str) -> None:
 
 def no_route(family: str, reasons: list[str]) -> ZebraError:
     """The error for a checkpoint that none of its family's routes takes."""
-    return ZebraError(f"this {family} checkpoint cannot be served: {'; '.join(reasons)}. See docs/families.md.")
+    return ZebraError(f"this {family} checkpoint is not supported: {'; '.join(reasons)}. See docs/families.md.")
 
 
 def table() -> str:
     """The routes in Markdown, as docs/families.md has them: `python -m zebra.model.routes`."""
-    served = ["| family | runs as | because | refused where it has | layers |", "|---|---|---|---|---|"]
+    served = ["| family | runs as | because | not supported if it has | layers |", "|---|---|---|---|---|"]
     refused = ["| family | because |", "|---|---|"]
     for route in ROUTES:
         if route.target is None:
@@ -171,7 +171,7 @@ def table() -> str:
         unsupported = "; ".join(each.description.format(target=route.target) for each in route.unsupported) or "–"
         layers = f"keep their kind where {route.fixed_kinds.description}" if route.fixed_kinds else "any layout"
         served.append(f"| `{route.family}` | `{route.target}` | {route.reason} | {unsupported} | {layers} |")
-    return "\n".join([*served, "", "Known and refused:", "", *refused])
+    return "\n".join([*served, "", "Known, but not supported:", "", *refused])
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def verify(
     """
     if self_extend is None and against is None:
         raise ZebraError(
-            "a conversion is verified against its source. Name the source with against (--against), or verify "
-            "Self-Extend alone with self_extend (--self-extend)."
+            "verifying a conversion requires its source. Pass it as against (--against), or verify only Self-Extend "
+            "with self_extend (--self-extend)."
         )
     chosen = None if dtype is None else read_dtype(dtype)
     chosen = dtype_of_checks(target, read_config(target, routed=False), chosen)
@@ -125,14 +125,13 @@ def _conversion_checks(
         and GLOBAL not in source_config.rope_parameters
     ):
         raise ZebraError(
-            f"{rope} changed the rope of the target's global layers alone, which the source's class "
-            f"{source_config.model_type} cannot do, so there is nothing to compare it with. Verify it without the rope."
+            f"{rope} changed the rope of only the target's global layers, which the source's class "
+            f"{source_config.model_type} does not support, so there is nothing to compare with. Verify a conversion "
+            "without the rope."
         )
     n = length or stripes.window + stripes.window // 2 + 2 * _CHUNK + 3
     if n <= stripes.window:
-        raise ZebraError(
-            f"a long check goes beyond the window of {stripes.window}; got length {n}. Give a larger length."
-        )
+        raise ZebraError(f"the length must be larger than the window of {stripes.window}; got {n}. Raise the length.")
     ids, local = _random_tokens(config, n, seed, placement), read_local_attention(target)
     short = ids[:, : min(each.window for each in (stripes, source_stripes) if each is not None)]
     plain, whole = (stripes, n), (replace(stripes, sinks=local.sinks), n)
@@ -170,7 +169,7 @@ def _self_extend_checks(
     n = length or setting.window + max(setting.window // 2, 4 * setting.group) + 2 * _CHUNK + 3
     if n <= setting.window:
         raise ZebraError(
-            f"Self-Extend {setting} acts beyond {setting.window} tokens; got length {n}. Give a larger one."
+            f"the length must be larger than the window of Self-Extend {setting}; got {n}. Raise the length."
         )
     ids = _random_tokens(config, n, seed, placement)
     plain = _finite_logits(_plain_model(path, config, placement), ids[:, : setting.window])
@@ -226,7 +225,7 @@ def _plain_model(path: Any, config: PreTrainedConfig, placement: dict[str, Any])
         )
     except ValueError as error:
         raise ZebraError(
-            f"plain transformers does not compute {path}, so there is nothing to hold it against: {first_line(error)}"
+            f"plain transformers cannot run {path}, so there is nothing to compare it with: {first_line(error)}"
         ) from None
     if method is not None:
         set_dequantised_dtype(model, placement["dtype"])

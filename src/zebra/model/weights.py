@@ -64,8 +64,8 @@ def check_weights(path: str | os.PathLike[str], config: PreTrainedConfig) -> lis
         except _UNREADABLE as error:
             if "unsupported global" in str(error).lower():  # torch advises to load it anyway
                 raise ZebraError(
-                    f"{directory / name} is a pickle of more than tensors, which would run code when it is loaded. "
-                    "Take the checkpoint as model.safetensors."
+                    f"{directory / name} is a pickle of more than tensors, which can run code when it is loaded. "
+                    "Use model.safetensors instead."
                 ) from None
             text = f"{directory / name} is corrupt or truncated: {first_line(error)}. Copy it again."
             raise ZebraError(text) from None
@@ -87,8 +87,8 @@ def _weight_files(directory: Path) -> list[str]:
             for name in map(Path, names):
                 if name.is_absolute() or ".." in name.parts or name.suffix != Path(single).suffix:
                     raise ZebraError(
-                        f"{index}: a shard is a {Path(single).suffix} file within the checkpoint's directory; got "
-                        f"{str(name)!r}. Move the shards there, and correct the index."
+                        f"{index}: a shard must be a {Path(single).suffix} file inside the checkpoint's directory; got "
+                        f"{str(name)!r}. Move the shards there, and fix the index."
                     )
             return names
     raise ZebraError(f"{directory} has no weights: neither model.safetensors nor an index of shards. Copy them there.")
@@ -113,7 +113,7 @@ def _headers(file: Path) -> dict[str, _Header]:
     mapped = zipfile.is_zipfile(file)  # torch's older format cannot be mapped
     tensors = torch.load(file, map_location="meta", weights_only=True, mmap=mapped)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError("it holds no table of tensors")
+        raise ValueError("it is not a dict of tensors")
     computed = _DTYPES.values()
     return {name: _Header(tuple(t.shape), t.dtype if t.dtype in computed else None) for name, t in tensors.items()}
 
@@ -165,7 +165,7 @@ def _check_tensors(path: str | os.PathLike[str], config: PreTrainedConfig, heade
         with torch.device("meta"):
             model = model_class(config)(config)
     except Exception as error:  # of classes that expect other fields
-        raise ZebraError(f"the config of {path} describes no model: {first_line(error)}. Copy it again.") from None
+        raise ZebraError(f"the config of {path} is not valid: {first_line(error)}. Copy it again.") from None
     if quantization_of(config) is not None:
         return _check_quantised(path, model, headers)
     # Either of two tied tensors may be the one that was saved.
@@ -178,20 +178,20 @@ def _check_tensors(path: str | os.PathLike[str], config: PreTrainedConfig, heade
     _check_numbers(path, expected, headers)
     if unused:
         raise ZebraError(
-            f"{path}: the weights have {unused[0]} and {len(unused) - 1} more tensors that config.json does not ask "
-            "for, which would be dropped in silence. Config and weights are of different models."
+            f"{path}: the weights have {unused[0]} and {len(unused) - 1} more tensors that config.json does not "
+            "describe, which would be dropped silently. Config and weights belong to different models."
         )
     for name, tensor in expected.items():
         header = headers.get(name)
         if header is not None and header.shape != tuple(tensor.shape):
             raise ZebraError(
-                f"{path}: config.json asks for {name} of shape {tuple(tensor.shape)}, the weights have {header.shape}. "
-                "Config and weights are of different models."
+                f"{path}: config.json requires {name} of shape {tuple(tensor.shape)}; the weights have {header.shape}. "
+                "Config and weights belong to different models."
             )
         if header is None and tied.get(name) not in headers:
             raise ZebraError(
-                f"{path}: the weights lack {name}, which config.json asks for. "
-                "Config and weights are of different models, or a shard is gone."
+                f"{path}: the weights lack {name}, which config.json requires. "
+                "Config and weights belong to different models, or a shard is missing."
             )
 
 
@@ -203,7 +203,7 @@ def _check_numbers(path: str | os.PathLike[str], expected: dict[str, Tensor], he
         if header.dtype is None and instead and weight in expected and expected[weight].is_floating_point():
             raise ZebraError(
                 f"{path}: {name} holds integers or 8-bit numbers, and config.json has no quantization_config that says "
-                "how to read them. Copy it from the source again, or take the checkpoint before quantisation."
+                "how to read them. Copy it from the source again, or use the checkpoint before quantisation."
             )
 
 
@@ -221,11 +221,11 @@ def _check_quantised(path: str | os.PathLike[str], model: PreTrainedModel, heade
         if name in headers and headers[name].dtype and headers[name].shape != tuple(tensor.shape)
         if not any(other.startswith(f"{name}.") for other in headers)  # it is packed, and the other tensors say how
     ]
-    for what, names in (("no module for", unused), ("no tensor of", absent), ("another shape of", wrong)):
+    for what, names in (("no module for", unused), ("no tensor for", absent), ("different shapes of", wrong)):
         if names:
             raise ZebraError(
-                f"{path} is quantised, and its config and its weights have {what} {names[0]}. They are of different "
-                "models, or a shard is gone."
+                f"{path} is quantised, and its config and weights do not match: {what} {names[0]}. They belong to "
+                "different models, or a shard is missing."
             )
 
 

@@ -32,8 +32,8 @@ def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig)
     trained = longest_text(config)
     if not trained:
         raise ZebraError(
-            f"Self-Extend starts from the length that a model was trained at, and the config of this {text.model_type} "
-            "has no max_position_embeddings. Pass max_position_embeddings=LENGTH."
+            f"Self-Extend requires the length that a model was trained at; the config of this {text.model_type} has "
+            "no max_position_embeddings. Pass max_position_embeddings=LENGTH."
         )
     check_rotatable_rope(
         text.model_type, None if getattr(text, "alibi", False) else changes_with_length(text) or "default"
@@ -54,7 +54,8 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     assert trained is not None  # `resolve_self_extend` checked it
     if others := names_of_other_overrides(model, LocalAttention, SelfExtendAttention):
         raise ZebraError(
-            f"Self-Extend maps the positions of tokens, and this model has layers with {others}. Load it without."
+            f"Self-Extend cannot be combined with other overrides of attention; this model has {others}. Load it "
+            "without them."
         )
     rotations: dict[str, GroupedRotation] = {}
     for layer in attention_layers(model):
@@ -67,7 +68,7 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
     if not rotations:
         remedy = "Load it without Self-Extend."
         if getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types"):
-            remedy += " Or with sliding_window=None: the window is the checkpoint's own for all layers."
+            remedy += " Or pass sliding_window=None to disable the window that the checkpoint has for all layers."
         raise no_global_layer(model.config.model_type, remedy)
     try:
         with torch.no_grad():
@@ -75,7 +76,7 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
             model(ids, past_key_values=bounded_cache(model), use_cache=True)
     except CANNOT_RUN as error:
         raise ZebraError(
-            f"a {model.config.model_type} cannot run with the cache of Self-Extend: {first_line(error)}"
+            f"a {model.config.model_type} does not support the cache of Self-Extend: {first_line(error)}"
         ) from None
 
 

@@ -28,7 +28,7 @@ from zebra.positions import SelfExtend, grouped_key, grouped_query
 _log = logging.getLogger(__name__)
 
 NO_POSITION_IDS = (
-    "Self-Extend needs the position ids, which this model does not hand to its attention. Load it without."
+    "Self-Extend requires position_ids, which this model does not pass to its attention. Load it without Self-Extend."
 )
 Rotation = tuple[Tensor, Tensor]
 """For R frequencies (cos, cos) and (-sin, sin), each (1 or B, 1, T, 2 R)."""
@@ -141,8 +141,8 @@ class GroupedRotation:
         if not self._has_warned and total > reach and (length := int(true.max()) + 1) > reach:
             self._has_warned = True
             _log.warning(
-                "a text of %s tokens is beyond the reach of Self-Extend %s, which takes this model to %s: distances "
-                "from there on are ones that it was not trained for. Raise the group, or write auto:%d.",
+                "a text of %s tokens is beyond the reach of Self-Extend %s, which extends this model to %s: it was not "
+                "trained on larger distances. Raise the group, or use auto:%d.",
                 *(f"{length:,}", self.setting, f"{reach:,}", length),
             )
         group, window = self.setting.group, self.setting.window
@@ -178,13 +178,13 @@ class GroupedRotation:
             continues = positions.past == 0 or bool(((offset == 0) | (start == 0) | (offset == NO_POSITION)).all())
         if not continues:
             at = positions.original[:4, 0].tolist()
-            raise self._error(f"tokens that begin at the positions {at} behind {positions.past} cached ones")
+            raise self._error(f"tokens that start at positions {at} after {positions.past} cached ones")
 
     def _error(self, got: str) -> ZebraError:
         return ZebraError(
-            "under Self-Extend positions rise by 1 from token to token, on from the cached ones, and start again at 0 "
-            f"only where a packed document does; got {got}. Leave position_ids out: grouping is done here, not by "
-            f"them, and {self.setting} takes this model to {self.setting.reach(self.trained):,} tokens."
+            "Self-Extend requires positions that rise by 1 per token, continue after cached tokens, and restart at 0 "
+            f"only where a packed document starts; got {got}. Leave out position_ids: Self-Extend groups positions "
+            f"itself, and {self.setting} extends this model to {self.setting.reach(self.trained):,} tokens."
         )
 
 
@@ -230,7 +230,7 @@ def _invalid_step(positions: Tensor, mask: Mask, total: int, offset: Tensor) -> 
     keys, queries = mask.keys, positions.shape[1]
     if mask.has_padding_holes():
         raise ZebraError(
-            "Self-Extend takes padding left or right of a sequence's tokens, never between them. Pad on the left."
+            "Self-Extend supports padding to the left or right of a sequence, but not inside it. Pad on the left."
         )
     if queries == 1 or (queries == total and mask.documents is None):
         return None

@@ -66,11 +66,11 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Att
             raise
         except CANNOT_RUN as error:
             raise ZebraError(
-                f"a {family} cannot be tried for Self-Extend, one token at several positions: {first_line(error)}. "
-                "Load it without, or in another dtype."
+                f"Self-Extend could not probe this {family} with one token at several positions: {first_line(error)}. "
+                "Load it without Self-Extend, or in another dtype."
             ) from None
     if not probe.is_reached:
-        raise ZebraError(f"the attention of a {family} is not one of transformers' registered functions.")
+        raise ZebraError(f"the attention of a {family} does not use transformers' registered functions.")
     return probe.layers
 
 
@@ -105,7 +105,8 @@ class ProbeAttention:
             raise ZebraError(NO_POSITION_IDS)
         if value.shape[-1] != query.shape[-1]:
             raise ZebraError(
-                f"Self-Extend takes heads of one size; here keys have {query.shape[-1]} and values {value.shape[-1]}."
+                f"Self-Extend requires keys and values of the same head size; got {query.shape[-1]} and "
+                f"{value.shape[-1]}. Load the model without Self-Extend."
             )
         self.is_reached = True
         if self.local or mask.window is None:
@@ -133,9 +134,9 @@ class ProbeAttention:
         best = min(errors, key=errors.__getitem__, default=None)
         if best is None or errors[best] > tolerance:
             raise ZebraError(
-                f"layer {module.layer_idx} of this {self.model.config.model_type} does not rotate queries and keys in "
-                "the planes of the dimensions (r, r + R) by its rope's frequencies: its rope is interleaved, or "
-                "positions enter in another way too. Self-Extend could not rotate them again."
+                "Self-Extend requires a rope that rotates the dimensions (r, r + R) of queries and keys; layer "
+                f"{module.layer_idx} of this {self.model.config.model_type} does not: its rope is interleaved, or "
+                "positions enter in another way too. Load it without Self-Extend."
             )
         return best
 

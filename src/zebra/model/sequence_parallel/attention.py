@@ -44,11 +44,11 @@ def set_sequence_parallel(model: PreTrainedModel, group: dist.ProcessGroup | Non
     """
     if kind := changes_with_length(model.config):
         raise ZebraError(
-            f"a rope of type {kind} changes its frequencies with the text's length, which no process of a split "
-            "sequence knows. Take yarn, linear, llama3 or base, or parallel.sequence of 1."
+            f"parallel.sequence requires a rope with fixed frequencies; those of type {kind} change with the length of "
+            "the text. Use yarn, linear, llama3 or base, or set parallel.sequence to 1."
         )
     if others := names_of_other_overrides(model, LocalAttention, SelfExtendAttention, SequenceParallelAttention):
-        raise ZebraError(f"layers with {others} cannot split a sequence over processes. Take parallel.sequence of 1.")
+        raise ZebraError(f"parallel.sequence does not support layers with {others}. Set parallel.sequence to 1.")
     if ring and group is not None:
         _check_ring(model)
     for module in attention_modules(model):
@@ -65,8 +65,8 @@ def _check_ring(model: PreTrainedModel) -> None:
     alibi = getattr(model.config, "position_embedding", None) == "alibi"
     if extended or alibi:
         raise ZebraError(
-            f"under {'ALiBi' if alibi else 'Self-Extend'} a score depends on how far away a key stands, which a ring "
-            "of chunks does not know. Leave parallel.ring out: global layers then gather their keys."
+            f"parallel.ring does not support {'ALiBi' if alibi else 'Self-Extend'}, where scores depend on the "
+            "distance of a key. Remove parallel.ring: global layers then gather their keys."
         )
 
 
@@ -113,7 +113,7 @@ class SequenceParallelAttention:
         """
         length, size, rank = query.shape[2], dist.get_world_size(self.group), dist.get_rank(self.group)
         if not isinstance(key, Tensor) or key.shape[2] != length:
-            raise ZebraError("a sequence that is split over processes is read whole. Pass use_cache=False.")
+            raise ZebraError("a sequence that is split over processes cannot use cached tokens. Pass use_cache=False.")
         if not isinstance(self.own, SelfExtendAttention):
             query, key, value = autocast(query, key, value)  # as `attend` would, before they are sent
         whole = replace(mask, keys=sequence_keys, documents=sequence_documents)

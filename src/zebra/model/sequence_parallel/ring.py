@@ -63,7 +63,7 @@ def ring_attention(
         NotImplementedError: other arguments of `attend`, such as ALiBi's slopes.
     """
     if others := [name for name, value in arguments.items() if value is not None]:
-        raise NotImplementedError(f"a ring of keys does not know the argument {', '.join(others)}")
+        raise NotImplementedError(f"ring attention does not support the argument {', '.join(others)}")
     ring = _Ring(group, whole, query.shape[2] // 2, query.shape[3])
     scale = query.shape[3] ** -0.5 if scale is None else scale
     out, lse = _RingAttention.apply(query, torch.cat([key, value], dim=3), ring, scale, softcap)
