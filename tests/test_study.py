@@ -192,7 +192,7 @@ def test_learned_positions_end_where_their_table_does(tmp_path: Path) -> None:
         lambda: retrieval.evaluate_retrieval(tmp_path, tasks=["passkey"], lengths=[65], beyond=True),
         lambda: zebra.generate(tmp_path, "a", max_new_tokens=64, on_text=pytest.fail),
     ):
-        with pytest.raises(ZebraError, match="64 learned positions, .* got 65 tokens"):
+        with pytest.raises(ZebraError, match=r"64 learned positions, .* got 65 tokens"):
             reads_too_much()
 
 
@@ -263,7 +263,7 @@ def test_no_rope_is_changed_where_there_is_none(positions: str, tmp_path: Path) 
 
 def test_sinks_are_refused_under_alibi(tmp_path: Path) -> None:
     drawn("grouped", "alibi").float().save_pretrained(tmp_path)
-    with pytest.raises(ZebraError, match="sinks are not supported with ALiBi, .* got 2 sinks"):
+    with pytest.raises(ZebraError, match=r"sinks are not supported with ALiBi, .* got 2 sinks"):
         load(tmp_path, stripes="GL:6+2")
     assert load(tmp_path, stripes="GL:4").config.window == 4
 
