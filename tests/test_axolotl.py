@@ -136,7 +136,7 @@ def test_a_second_process_takes_the_conversion_of_the_first(plugin: Any, tmp_pat
         plugin.ZebraPlugin().register(cfg)
     assert first["base_model"] == second["base_model"] == str(tmp_path / "out" / "striped-base")
     assert "base_model_config" not in first  # where it is None, axolotl 0.21 fails in its checks
-    with pytest.raises(ZebraError, match=r"as GLLL:9, and the recipe names .* as GL:9"):
+    with pytest.raises(ZebraError, match=r"as GLLL:9, but the recipe has .* as GL:9"):
         plugin.ZebraPlugin().register(recipe(tmp_path, zebra={"stripes": "GL:9"}))
 
 

@@ -175,12 +175,12 @@ def test_a_tokenizer_of_no_use_is_one_line(stories: Path, zebra: Zebra) -> None:
 
 
 def test_a_number_that_is_passed_to_load_or_written_in_a_recipe() -> None:
-    with rejected("head_dim is a finite number above 0; got 0"):
+    with rejected("head_dim must be a finite number above 0; got 0"):
         load(STORIES, head_dim=0)
     model = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "rope_parameters": ROPE}
     tree = {"run": "x", "model": model | {"rope_parameters": ROPE | {"rope_theta": -1.0}}, "tokenizer": str(STORIES)}
     tree |= {"data": {"files": ["x"]}, "train": {"length": 8, "max_steps": 1, "learning_rate": 1.0}}
-    with rejected("model: rope_theta is a finite number above 0; got -1"):
+    with rejected("model: rope_theta must be a finite number above 0; got -1"):
         config_of(PretrainRecipe.model_validate(tree))
 
 

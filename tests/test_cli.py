@@ -143,12 +143,12 @@ def test_doctor_shows_the_kernels_and_why_they_decline(zebra: Zebra, monkeypatch
     assert served["local, prefill, 128 tokens", "float32"] == "banded"
     assert served["decode", "bfloat16"] in {"fused", "decode"}  # where nothing can be compiled, and where it can
     assert report["machine"]["native kernel"] == native.instructions()
-    assert "it has no window" in report["declines"]["fused"]
+    assert "it does not support a window" in report["declines"]["fused"]
     assert report["declines"]["reference"] == []
     assert report["machine"]["torch"]
     page = zebra("doctor")
     assert page.returncode == 0
-    assert page.stdout.count("it has no window") == 1
+    assert page.stdout.count("it does not support a window") == 1
 
 
 BAD = {
@@ -224,7 +224,7 @@ BAD = {
     "verify alone": (["verify", STORIES], ["against (--against)"]),
     "verify an export that is gone": (
         ["verify", "gone.gguf", "--against", STORIES, "--engine", "gguf"],
-        ["there is no gone.gguf. Name what `zebra export` wrote"],
+        ["gone.gguf does not exist. Pass what `zebra export` wrote"],
     ),
     "verify elsewhere": (
         ["verify", STORIES, "--against", STORIES, "--device", "tape"],

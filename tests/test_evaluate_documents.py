@@ -315,7 +315,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"answer_tokens": 0}, "answer_tokens must be at least 1; got 0"),
     ({"lengths": [300, 600]}, "600 tokens exceeds the 512 positions .*--beyond"),
     ({"limit": 0}, "limit must be at least 1; got 0"),
-    ({"rope": "dynamic:2"}, "fixed frequencies; those of type dynamic change"),
+    ({"rope": "dynamic:2"}, "fixed frequencies; those of a rope of type dynamic change"),
     ({"device": "moon"}, "device 'moon' is not available"),
     ({"self_extend": "4:700"}, "below the trained length"),
     ({"lengths": [140]}, "Use a longer length"),

@@ -55,7 +55,13 @@ EVERY = {"mlp_only_layers": [], "norm_topk_prob": True}
             "1,3:9",
             "a linear rope",
         ),
-        ("gguf", "cohere2", {"tie_word_embeddings": False}, "3:9", "lm_head.weight has no name in llama.cpp's cohere2"),
+        (
+            "gguf",
+            "cohere2",
+            {"tie_word_embeddings": False},
+            "3:9",
+            "llama.cpp's cohere2 has no tensor for lm_head.weight",
+        ),
     ],
 )
 def test_what_an_engine_cannot_say_of_a_model_is_refused(
@@ -96,11 +102,14 @@ def lowercase(state: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (changed_tokenizer(lowercase), "changes a text by Lowercase, and llama.cpp has no field"),
-        (changed_tokenizer(framed), "puts more than the tokens of a beginning and an end"),
+        (changed_tokenizer(lowercase), "applies Lowercase to a text, which llama.cpp does not support"),
+        (changed_tokenizer(framed), "adds more to a text than bos_token and eos_token"),
         (changed_tokenizer(lambda state: state["model"].update(end_of_word_suffix="</w>")), "marks parts of words"),
-        (changed_tokenizer(lambda state: state["model"].update(ignore_merges=True)), "splits text in a way"),
-        (unigram, "no table of merged pairs"),
+        (
+            changed_tokenizer(lambda state: state["model"].update(ignore_merges=True)),
+            "has a pre-tokenizer that zebra cannot export",
+        ),
+        (unigram, "requires a BPE tokenizer"),
         (lambda path: (path / "tokenizer.json").unlink(), "the tokenizer of .* cannot be read"),
     ],
     ids=["lowercase", "framed", "suffix", "whole pieces", "unigram", "none"],
@@ -182,7 +191,7 @@ def test_a_command_is_one_that_a_shell_reads(tmp_path: Path) -> None:
         done = zebra.export(path, tmp_path / name, to=to, stripes="GL:9")
         assert str(tmp_path / name) in shlex.split(done.command)
     stub = answering(tmp_path)
-    with pytest.raises(ZebraError, match=r"vllm does not run .*my vllm: it was asked"):
+    with pytest.raises(ZebraError, match=r"vllm cannot run .*my vllm: it was asked"):
         verify_export(tmp_path / "my vllm", path, "vllm", python=stub)
     folder(tmp_path / "qwen", "qwen3")
     zebra.export(tmp_path / "qwen", tmp_path / "my qwen", to="vllm", stripes="GL:9")
@@ -208,9 +217,9 @@ def test_what_was_not_written_for_an_engine_is_not_run_by_it(tmp_path: Path, zeb
 
     stub = answering(tmp_path)
     refused(verify(mlx, "vllm"), "was written for mlx, not for vllm")
-    refused(verify(mlx, "gguf"), "gguf runs a file that ends in .gguf")
-    refused(verify(tmp_path / "x.gguf", "mlx"), "mlx runs a folder")
-    refused(verify(path, "mlx"), "zebra.json cannot be read", "Name what `zebra export` wrote for it")
+    refused(verify(mlx, "gguf"), "gguf requires a file that ends in .gguf")
+    refused(verify(tmp_path / "x.gguf", "mlx"), "mlx requires a folder")
+    refused(verify(path, "mlx"), "zebra.json cannot be read", "Pass what `zebra export` wrote for the engine")
     refused(verify(striped, "vllm", "--dtype", "bfloat16"), "--dtype cannot be combined with --engine")
     refused(verify(striped, "vllm", "--device", "cuda"), "--device cannot be combined with --engine")
     for text in ("{", "[]"):
@@ -223,7 +232,7 @@ def test_the_way_by_a_gguf_file_is_named_where_that_is_read(tmp_path: Path) -> N
     for member, words in (("llama", "convert_hf_to_gguf.py"), ("olmo2", "Serve the folder with zebra")):
         path = folder(tmp_path / member, member)
         changed_tokenizer(lowercase)(path)
-        with pytest.raises(ZebraError, match=f"changes a text by Lowercase.*{words}"):
+        with pytest.raises(ZebraError, match=f"applies Lowercase to a text.*{words}"):
             zebra.export(path, tmp_path / "x.gguf", to="gguf", stripes="LG:9")
 
 

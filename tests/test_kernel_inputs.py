@@ -119,7 +119,7 @@ def test_values_of_another_head_size_equal_the_formula_or_are_declined(size: int
     long = drawn(256, 256, size=64, dtype=torch.float32)
     compare([*long[:2], long[2][..., :32].contiguous()], Mask(), 2e-5)
     other = request(size=64, value_size=size)
-    assert native.KERNEL.declines(other) == f"it takes values of the keys' head size, 64, not {size}"
+    assert native.KERNEL.declines(other) == f"it supports only values of the keys' head size, 64, not {size}"
     assert "another head size" in str(fused.KERNEL.declines(other))
     decode = request(queries=1, value_size=size, with_lse=False)
     assert choose(decode).name == "fused"
@@ -143,21 +143,24 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     },
     "slopes of fewer heads": (
         {"slopes": torch.ones(3)},
-        r"slopes has one entry for each head, \(H,\) = \(4,\); got \(3",
+        r"slopes must have one entry per head, \(H,\) = \(4,\); got \(3",
     ),
-    "slopes of more heads": ({"slopes": torch.ones(8)}, r"one entry for each head, \(H,\) = \(4,\); got \(8,\)"),
-    "one slope for all": ({"slopes": torch.ones(1)}, r"one entry for each head, \(H,\) = \(4,\); got \(1,\)"),
-    "slopes of each row": ({"slopes": torch.ones(2, 4)}, r"one entry for each head, \(H,\) = \(4,\); got \(2, 4\)"),
+    "slopes of more heads": ({"slopes": torch.ones(8)}, r"one entry per head, \(H,\) = \(4,\); got \(8,\)"),
+    "one slope for all": ({"slopes": torch.ones(1)}, r"one entry per head, \(H,\) = \(4,\); got \(1,\)"),
+    "slopes of each row": ({"slopes": torch.ones(2, 4)}, r"one entry per head, \(H,\) = \(4,\); got \(2, 4\)"),
     "slopes elsewhere": ({"slopes": torch.ones(4, device="meta")}, "on one device; got cpu, meta"),
     "a mask elsewhere": ({"mask": Mask(keys=REAL.to("meta"))}, "on one device; got cpu, meta"),
     "values elsewhere": ({"device": "meta"}, "on one device; got cpu, meta"),
-    "a mask of ones and zeros": ({"mask": Mask(keys=REAL.long())}, "mask.keys is bool, True for real tokens"),
-    "a mask to be added": ({"mask": Mask(keys=REAL.float())}, "mask.keys is bool, True for real tokens"),
-    "documents of fractions": ({"mask": Mask(documents=REAL.float())}, "mask.documents holds integers"),
-    "documents that fall": ({"mask": Mask(documents=torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]))}, "never falls"),
-    "a scale that is no number": ({"scale": math.nan}, "scale is a finite number"),
-    "no softcap": ({"softcap": 0.0}, "softcap a positive one"),
-    "a softcap below 0": ({"softcap": -1.0}, "softcap a positive one"),
+    "a mask of ones and zeros": ({"mask": Mask(keys=REAL.long())}, "mask.keys must be bool, True for real tokens"),
+    "a mask to be added": ({"mask": Mask(keys=REAL.float())}, "mask.keys must be bool, True for real tokens"),
+    "documents of fractions": ({"mask": Mask(documents=REAL.float())}, "mask.documents must hold integers"),
+    "documents that fall": (
+        {"mask": Mask(documents=torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0]]))},
+        "must not decrease",
+    ),
+    "a scale that is no number": ({"scale": math.nan}, "scale must be finite"),
+    "no softcap": ({"softcap": 0.0}, "softcap positive and finite"),
+    "a softcap below 0": ({"softcap": -1.0}, "softcap positive and finite"),
 }
 
 

@@ -703,7 +703,7 @@ def test_other_chunks_are_for_the_tiles(mask: Mask, dtype: torch.dtype) -> None:
 def test_without_torchs_operator_the_tiles_give_the_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_LSE", None)
     q, k, v = drawn(70, 70)
-    assert "where torch has the operator" in str(fused.KERNEL.declines(Request(q, k, v, Mask(), 0.3)))
+    assert "if torch has the operator" in str(fused.KERNEL.declines(Request(q, k, v, Mask(), 0.3)))
     assert choose(Request(q, k, v, Mask(), 0.3)).name == "banded"
     assert choose(Request(q[:, :, :9], k, v, Mask(), 0.3, with_lse=False)).name == "banded"
 
@@ -720,7 +720,7 @@ def test_an_unknown_argument_is_declined_by_all() -> None:
     with pytest.raises(NotImplementedError) as error:
         attend(q, k, v, sinks=torch.zeros(4), dropout=0.0, other=None)
     for kernel in KERNELS:
-        declined = f"{kernel.name}: it does not know the argument dropout, sinks" in str(error.value)
+        declined = f"{kernel.name}: it does not support the argument dropout, sinks" in str(error.value)
         assert declined or f"{kernel.name}: it runs on cuda, not on cpu" in str(error.value)
     assert "other" not in str(error.value)
     assert torch.equal(attend(q, k, v, sinks=None, dropout=None)[0], attend(q, k, v)[0])
@@ -741,8 +741,8 @@ def test_what_no_other_serves_falls_to_the_formula_with_one_warning(
         actual, lse = attend(q, k, v, Mask(window=3), softcap=2.0)
         attend(q, k, v, Mask(window=3), softcap=2.0)
     (record,) = caplog.records
-    assert "by the dense formula" in record.getMessage()
-    assert "banded: it has no softcap" in record.getMessage()
+    assert "uses the dense formula" in record.getMessage()
+    assert "banded: it does not support a softcap" in record.getMessage()
     scores = q @ k.repeat_interleave(2, dim=1).mT / math.sqrt(8)
     i = torch.arange(6)
     hidden = (i[:, None] < i) | (i[:, None] - i >= 3)
@@ -772,7 +772,7 @@ def test_a_kernel_for_this_device_that_declines_says_so_once(
         with only("banded"):
             attend(*drawn(6, 6, size=40), Mask(window=3))
     assert [record.getMessage() for record in caplog.records] == [
-        f"attention runs by the kernel banded, because picky: it does not take head size {size}" for size in (8, 24)
+        f"attention uses the kernel banded, because picky: it does not take head size {size}" for size in (8, 24)
     ]
 
 
@@ -785,8 +785,8 @@ def test_the_formula_on_demand_warns_of_nothing(silent: None, caplog: pytest.Log
 @pytest.mark.parametrize(
     ("name", "arguments", "reason"),
     [
-        ("fused", {"softcap": 2.0, "with_lse": False}, "fused: it has no softcap"),
-        ("fused", {"with_lse": False, "mask": Mask(window=2)}, "fused: it has no window"),
+        ("fused", {"softcap": 2.0, "with_lse": False}, "fused: it does not support a softcap"),
+        ("fused", {"with_lse": False, "mask": Mask(window=2)}, "fused: it does not support a window"),
         (
             "fused",
             {"with_lse": False, "mask": Mask(documents=torch.zeros(2, 4, dtype=torch.int64))},
@@ -824,7 +824,7 @@ def test_only_knows_its_kernels() -> None:
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64, torch.float64), (torch.int64,) * 3])
 def test_dtypes_that_no_kernel_takes(dtypes: tuple[torch.dtype, ...]) -> None:
     inputs = [x.to(dtype) for x, dtype in zip(drawn(4, 4), dtypes, strict=True)]
-    with pytest.raises(NotImplementedError, match=r"one dtype|does not take"):
+    with pytest.raises(NotImplementedError, match=r"one dtype|does not support"):
         attend(*inputs)
 
 
@@ -851,7 +851,7 @@ def test_shapes_that_do_not_fit(q: Any, k: Any, v: Any) -> None:
 @pytest.mark.parametrize("name", ["keys", "documents"])
 @pytest.mark.parametrize("shape", [(2, 3), (1, 4), (4,), (2, 1, 4)])
 def test_masks_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"mask\.{name} has one entry for each key, \(B, S\) = \(2, 4\); got"):
+    with pytest.raises(ValueError, match=rf"mask\.{name} must have one entry per key, \(B, S\) = \(2, 4\); got"):
         attend(*drawn(3, 4), Mask(**{name: torch.ones(shape, dtype=torch.bool)}))
 
 

@@ -345,7 +345,7 @@ def test_decode_serves_few_queries_over_many_keys(caplog: pytest.LogCaptureFixtu
         assert chosen(1, 512, dtype) == chosen(16, 512, dtype) == chosen(1, 512, dtype, softcap=9.0) == "decode"
         assert chosen(1, 511, dtype) == "fused"
     assert chosen(17, 4096, torch.bfloat16) == chosen(2, 300, torch.bfloat16, mask=Mask(9)) == "banded"
-    assert not [message for message in caplog.messages if "attention runs" in message]
+    assert not [message for message in caplog.messages if "attention uses" in message]
     q, k = torch.zeros(1, 1, 1, 64, requires_grad=True), torch.zeros(1, 1, 4096, 64)
     assert native.DECODE.declines(Request(q, k, k, Mask(), 1.0)) == "it has no gradient"
 
@@ -398,7 +398,7 @@ def test_runs_of_keys_unlike_their_values_are_declined(changed: dict[str, Tensor
         ({"queries": 255}, "fewer than 256"),
         ({"dtype": torch.float64}, "float64"),
         ({"scale": -1.0}, "positive"),
-        ({"slopes": torch.ones(1), "softcap": 2.0}, "without a softcap"),
+        ({"slopes": torch.ones(1), "softcap": 2.0}, "ALiBi with a softcap"),
         ({"slopes": torch.ones(1, requires_grad=True)}, "no gradient"),
         ({"mask": Mask(keys=torch.arange(256)[None] % 100 != 50)}, "between the tokens"),
     ],
@@ -415,7 +415,7 @@ def test_what_it_declines(changes: dict[str, Any], reason: str) -> None:
 def test_an_x86_that_has_no_avx2_declines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "IS_ARM", False)
     monkeypatch.setattr(compiler, "cpu_flags", lambda: frozenset({"avx", "fma"}))
-    assert native.KERNEL.declines(_REQUEST) == "this CPU does not say that it has avx2, f16c"
+    assert native.KERNEL.declines(_REQUEST) == "this CPU does not report avx2, f16c"
     assert native.instructions() == native.KERNEL.declines(_REQUEST)
     assert choose(_REQUEST).name in {"fused", "banded"}
     assert [kernel.name for kernel in KERNELS].index("native") < [kernel.name for kernel in KERNELS].index("banded")
@@ -576,7 +576,7 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
 def test_a_compiler_that_fails_leaves_the_request_to_the_next(command: str, tmp_path: Path) -> None:
     out, err = started(tmp_path, CXX=command).communicate(timeout=120)
     assert out == "1.0\n"
-    assert "attention runs by the kernel banded, because native: " in err
+    assert "attention uses the kernel banded, because native: " in err
     assert command in err
     assert not list(tmp_path.rglob("*.so"))
 

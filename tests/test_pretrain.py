@@ -195,7 +195,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no heads": (
         {"model": {"model_type": "zebra_study", **TINY, "num_attention_heads": 0}},
-        "num_attention_heads is from 1 to 100,000; got 0",
+        "num_attention_heads must be from 1 to 100,000; got 0",
     ),
 }
 

@@ -234,7 +234,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"score": "recall"}, "score must be generate or likelihood; got 'recall'"),
     ({"lengths": [600]}, "600 tokens exceeds the 512 positions .*--beyond"),
     ({"lengths": [1400], "self_extend": "4:256"}, "1,400 tokens exceeds the 1,280 positions .* Self-Extend 4:256"),
-    ({"rope": "dynamic:2"}, "fixed frequencies; those of type dynamic change"),
+    ({"rope": "dynamic:2"}, "fixed frequencies; those of a rope of type dynamic change"),
     ({"device": "moon"}, "device 'moon' is not available"),
     ({"dtype": "int4"}, "dtype must be one of"),
 ]

@@ -203,7 +203,7 @@ def test_a_source_whose_rope_changes_with_length_is_measured_and_not_converted(r
     torch.testing.assert_close(logits(model, IDS), logits(plain, IDS), rtol=1e-4, atol=1e-3)
     with rejected("its frequencies change with the length"):
         model(IDS, use_cache=True)
-    with rejected(f"fixed frequencies; those of type {rope['rope_type']} change"):
+    with rejected(f"fixed frequencies; those of a rope of type {rope['rope_type']} change"):
         zebra.convert(tmp_path / "source", tmp_path / "out", "GL:9")
     with rejected("already scaled"):
         zebra.load(tmp_path / "source", rope="yarn:4")
@@ -222,7 +222,7 @@ def test_a_dynamic_rope_of_the_global_layers_alone_needs_no_history_either(tmp_p
 
 
 def test_convert_refuses_dynamic(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
-    with rejected("those of type dynamic change"):
+    with rejected("of type dynamic change"):
         zebra.convert(checkpoints("llama"), tmp_path / "out", "GL:9", rope="dynamic:4")
     with rejected("dynamic NTK supports only one"):
         zebra.load(checkpoints("olmo2"), stripes="GL:9", rope="dynamic:4")

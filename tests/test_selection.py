@@ -215,19 +215,19 @@ def test_a_budget_of_cost_is_the_most_layers_that_meet_it() -> None:
 @pytest.mark.parametrize(
     ("budget", "why"),
     [
-        ("0", "a share lies between 0 and 1"),
-        ("-1", "a budget is a number"),
-        ("32", "keeps 1 to 31; a budget of 32"),
-        ("40", "keeps 1 to 31; a budget of 40"),
+        ("0", "a share must be between 0 and 1"),
+        ("-1", "a budget must be a number"),
+        ("32", "must keep 1 to 31 of this model's 32 global layers; a budget of 32"),
+        ("40", "must keep 1 to 31 of this model's 32 global layers; a budget of 40"),
         ("0.01", "a budget of 0.01 keeps 0"),
-        ("1.0", "a share lies between 0 and 1"),
-        ("half", "a budget is a number"),
-        ("8@4096", "a budget is a number"),
-        ("flops:2", "a share lies between"),
-        ("flops:0.01", "leaves no choice"),
-        ("cache:1MiB", "leaves no choice"),
-        ("cache:1TiB", "leaves no choice"),
-        ("cache:4XB", "memory is a positive number"),
+        ("1.0", "a share must be between 0 and 1"),
+        ("half", "a budget must be a number"),
+        ("8@4096", "a budget must be a number"),
+        ("flops:2", "a share must be between"),
+        ("flops:0.01", "a budget must be between the costs"),
+        ("cache:1MiB", "a budget must be between the costs"),
+        ("cache:1TiB", "a budget must be between the costs"),
+        ("cache:4XB", "memory must be a positive number"),
     ],
 )
 def test_a_budget_that_leaves_no_choice_is_refused(budget: str, why: str) -> None:
@@ -303,9 +303,9 @@ def test_rows_and_page_of_a_selection(tmp_path: Path) -> None:
 KINDS = {"source": 3, "candidate": 5 + 4 + 3, "greedy": 1, "once": 1, "stride": 4, "local": 1}
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"budget": "0"}, "a share lies between 0 and 1"),
-    ({"budget": "5"}, "keeps 1 to 4; a budget of 5"),
-    ({"budget": "cache:1GiB"}, "leaves no choice"),
+    ({"budget": "0"}, "a share must be between 0 and 1"),
+    ({"budget": "5"}, "must keep 1 to 4 of this model's 5 global layers; a budget of 5"),
+    ({"budget": "cache:1GiB"}, "a budget must be between the costs"),
     ({"order": "best"}, "order must be greedy or once; got 'best'"),
     ({"text": []}, r"got neither\. Give text= or tasks="),
     ({"text": [], "tasks": ["haystack"]}, "the task must be one of passkey"),
@@ -417,7 +417,7 @@ def test_the_verb(tmp_path: Path, zebra: Zebra) -> None:
     ("arguments", "words"),
     [
         (COMMON, ("Missing option '--budget'",)),
-        (("--budget", 9, *COMMON), ("keeps 1 to 4", "9")),
+        (("--budget", 9, *COMMON), ("must keep 1 to 4", "9")),
         (("--budget", 2, *COMMON, "--window", "many"), ("got 'L:many'",)),
         (("--budget", 2, *COMMON, "--convert", STORIES), ("must be different directories",)),
         (("--budget", 2, *COMMON, "--full-decode"), ("--full-decode requires --convert",)),
@@ -446,5 +446,5 @@ def test_local_layers_have_their_window_and_sinks_and_stay_local(tmp_path: Path)
     with_sinks = select(STORIES, 2, order="once", **ARGUMENTS | {"window": "32+4"})
     assert (with_sinks.stripes.window, with_sinks.stripes.sinks) == (32, 4)
     assert all(row.layout.endswith(":32+4") for row in with_sinks.results if row.metric == "rise")
-    with pytest.raises(ZebraError, match="keeps 1 to 2; a budget of 3"):
+    with pytest.raises(ZebraError, match="must keep 1 to 2 of this model's 3 global layers; a budget of 3"):
         select(tmp_path / "striped", 3, **ARGUMENTS)

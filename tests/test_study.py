@@ -180,7 +180,7 @@ def test_rotary_without_summaries_becomes_a_stock_class(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match=r'plain transformers cannot run .*attn_implementation="zebra"'):
         verify(convert(other, tmp_path / "striped", "GL:6"), other)
     drawn("summary", "rotary").float().save_pretrained(tmp_path / "summary")
-    with pytest.raises(ZebraError, match="this model has summary layers, SSS:6/3"):
+    with pytest.raises(ZebraError, match="this model was trained with summary layers, SSS:6/3"):
         convert(tmp_path / "summary", tmp_path / "never", "GL:6")
 
 

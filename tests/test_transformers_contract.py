@@ -77,7 +77,7 @@ def test_no_unknown_argument_reaches_attention(family: str, calls: list[dict[str
 
 @pytest.mark.parametrize("family", EVERY_MEMBER)
 def test_an_unknown_argument_is_refused_by_name(family: str) -> None:
-    with pytest.raises(NotImplementedError, match="does not know the argument block_table"):
+    with pytest.raises(NotImplementedError, match="does not support the argument block_table"):
         tiny(family)(IDS, block_table=torch.zeros(4))
     tiny(family)(IDS, block_table=None)
 

@@ -204,4 +204,4 @@ def test_why_it_declines() -> None:
     assert reason(Mask(None, holes, torch.tensor([[0, 0, 1, 1, 1, 1], [0] * 6]))) is None
     assert "not on cpu" in str(varlen.KERNEL.declines(Request(*drawn(6, 6), Mask(), 1.0)))
     wide = replace(varlen.KERNEL, devices=None).declines(Request(*drawn(6, 6), Mask(), 1.0))
-    assert wide == "it does not take torch.float64"
+    assert wide == "it does not support torch.float64"

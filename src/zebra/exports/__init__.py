@@ -41,16 +41,18 @@ def check_export(
             the engine needs; the package gguf is not installed.
     """
     if to not in TARGETS:
-        raise ZebraError(f"there is no export to {to!r}; there is one to {', '.join(TARGETS)}. Choose one.")
+        raise ZebraError(f"an export must be to one of {', '.join(TARGETS)}; got {to!r}. Choose one.")
     if not isinstance(stripes, Stripes | None):
         Stripes.parse(stripes)
     if dtype is not None and dtype not in DTYPES:
-        raise ZebraError(f"matrices are written as {', '.join(DTYPES)}; got {dtype!r}. Choose one.")
+        raise ZebraError(f"the dtype of an export must be one of {', '.join(DTYPES)}; got {dtype!r}. Choose one.")
     if dtype is not None and (to != "gguf" or is_gguf(checkpoint)):
-        raise ZebraError("weights are copied as they are here. Leave out the dtype.")
+        raise ZebraError(
+            "only an export of a folder to gguf has a dtype; others copy the weights. Leave out the dtype."
+        )
     if (to == "gguf") != (Path(target).suffix == ".gguf"):
         kind = "a file that ends in .gguf" if to == "gguf" else "a folder"
-        raise ZebraError(f"an export to {to} writes {kind}; got {target}. Name one.")
+        raise ZebraError(f"the target of an export to {to} must be {kind}; got {target}. Change the target.")
     if to == "gguf":
         check_gguf_package(target)
     check_checkpoint(checkpoint)
@@ -99,7 +101,7 @@ def export(
     if layout is None:
         raise ZebraError(f"{checkpoint} has no stripes to export: its layout is full. Give stripes, such as GLLL:512.")
     if local:
-        raise ZebraError(f"{local}: no other engine has them. Leave them out, or serve {checkpoint} with zebra.")
+        raise ZebraError(f"other engines do not support {local}. Leave them out, or serve {checkpoint} with zebra.")
     if (method := quantization_of(config)) and to in ("gguf", "mlx"):
         raise ZebraError(f"{checkpoint} is quantised ({method}). Export the checkpoint before quantisation.")
     if to == "gguf":

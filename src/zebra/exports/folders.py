@@ -41,7 +41,7 @@ class _MlxFamily(NamedTuple):
 
 
 def _gemma_faults(config: PreTrainedConfig) -> str | None:
-    return "a cap of its logits" if config.final_logit_softcapping else scaled_local_rope(config)
+    return "a softcap of its logits" if config.final_logit_softcapping else scaled_local_rope(config)
 
 
 def _mellum_faults(config: PreTrainedConfig) -> str | None:
@@ -51,7 +51,7 @@ def _mellum_faults(config: PreTrainedConfig) -> str | None:
 
 
 def _experts_of_halves(config: PreTrainedConfig) -> str | None:
-    return "experts in the layout of transformers, and mlx-lm reads those of 4 bits alone"
+    return "experts that are not in 4 bits"
 
 
 MLX: dict[str, _MlxFamily] = {
@@ -75,7 +75,7 @@ def _mlx_fields(config: PreTrainedConfig, fields: Fields) -> Fields:
         )
     if fault := other_activation(config) or family.unsupported(config) or _unread_rope(config):
         raise ZebraError(
-            f"this {config.model_type} has {fault}, which mlx-lm's {family.model_type} cannot say. {REMEDY}"
+            f"this {config.model_type} has {fault}, which mlx-lm's {family.model_type} does not support. {REMEDY}"
         )
     kinds = tuple(config.layer_types)
     if not {GLOBAL, *([LOCAL] if family.both else [])} <= {*kinds}:
@@ -103,7 +103,7 @@ def _unread_rope(config: PreTrainedConfig) -> str | None:
 def _sglang_fields(config: PreTrainedConfig, fields: Fields) -> Fields:
     """The fields for SGLang's Transformers backend, whose `sliding_window` does not count the query's own key."""
     if config.sliding_window == 1:
-        raise ZebraError(f"SGLang has no window of the query's own key alone. Choose a larger one. {REMEDY}")
+        raise ZebraError(f"SGLang does not support a window of 1. Choose a larger one. {REMEDY}")
     return fields | {"sliding_window": config.sliding_window - 1}
 
 
@@ -119,9 +119,9 @@ _FIELDS: dict[str, Callable[[PreTrainedConfig, Fields], Fields]] = {
     "sglang": _sglang_fields,
 }
 _NOTES = {
-    "mlx": "Its config.json is for mlx-lm alone: transformers would run every layer with full attention.",
+    "mlx": "Its config.json is only for mlx-lm: transformers would run every layer with full attention.",
     "vllm": "It is a stock checkpoint, for transformers too.",
-    "sglang": "Its config.json is for SGLang alone: others would see one key less. Read in SGLang's source, not run.",
+    "sglang": "Its config.json is only for SGLang: in others the window is one key smaller. By its source, not run.",
 }
 
 

@@ -44,7 +44,7 @@ def export_file(
     layout = stripes if isinstance(stripes, Stripes | None) else Stripes.parse(stripes)
     layout = layout or layout_of(model)
     if layout is None:
-        raise ZebraError(f"{source} names no stripes. Give them, such as GLLL:512; `zebra select` measures which.")
+        raise ZebraError(f"{source} has no stripes. Give them, such as GLLL:512; `zebra select` measures which.")
     striped_config(gguf_config(source), layout)  # checks the layout against the model, as for a folder
     write_model(with_stripes(model, layout), target)
     return layout

@@ -84,9 +84,9 @@ def _other_bases(config: PreTrainedConfig) -> str | None:
 
 def _gemma_faults(config: PreTrainedConfig) -> str | None:
     if config.query_pre_attn_scalar != config.head_dim:
-        return f"scores scaled by {config.query_pre_attn_scalar}, and heads of {config.head_dim}"
+        return f"a query_pre_attn_scalar of {config.query_pre_attn_scalar} with a head_dim of {config.head_dim}"
     if config.model_type == "gemma2" and not (config.final_logit_softcapping and config.attn_logit_softcapping):
-        return "no caps of its scores or logits"
+        return "no softcap of its scores or logits"
     return scaled_local_rope(config)
 
 
@@ -137,7 +137,7 @@ def check_family(config: PreTrainedConfig, path: Any) -> Family:
             f"{REMEDY}"
         )
     if fault := other_activation(config) or family.unsupported(config):
-        raise ZebraError(f"{path} has {fault}, which llama.cpp's {family.architecture} cannot say. {REMEDY}")
+        raise ZebraError(f"{path} has {fault}, which llama.cpp's {family.architecture} does not support. {REMEDY}")
     return family
 
 
@@ -205,7 +205,7 @@ def _rope(config: PreTrainedConfig, width: int, tensors: dict[str, GgufTensor]) 
             for side, default in (("fast", 32.0), ("slow", 1.0)):
                 metadata[f"rope.scaling.yarn_beta_{side}"] = float(rope.get(f"beta_{side}") or default)
             if rope.get("attention_factor") is not None or rope.get("mscale") or rope.get("truncate") is False:
-                raise ZebraError(f"llama.cpp has no field for all of this rope: {rope}. {REMEDY}")
+                raise ZebraError(f"llama.cpp has no metadata for all of this rope: {rope}. {REMEDY}")
     elif kind != "default":
         raise ZebraError(f"llama.cpp has no metadata for a rope of type {kind}. {REMEDY}")
     return metadata
@@ -234,7 +234,7 @@ def _tensors(model: PreTrainedModel, family: Family, kind: GGMLQuantizationType)
             written = _SINKS if stem.endswith("sinks") else names.get_name(stem)
             layer = f"blk.{part.split('.')[2]}." if written == _SINKS else ""
             if written is None:
-                raise ZebraError(f"{name} has no name in llama.cpp's {family.architecture}. {REMEDY}")
+                raise ZebraError(f"llama.cpp's {family.architecture} has no tensor for {name}. {REMEDY}")
             one = _stored(values, written + dot + suffix, kind)
             heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
             projection = stem.rpartition(".")[2]

@@ -115,7 +115,9 @@ def read_model(path: str | os.PathLike[str]) -> GgufModel:
     tensors = {each.name: _mapped(each) for each in reader.tensors}
     architecture = metadata.pop("general.architecture", None)
     if not isinstance(architecture, str):
-        raise ZebraError(f"a GGUF model names its general.architecture; {path} has {architecture!r}. Export it again.")
+        raise ZebraError(
+            f"a GGUF model must name its general.architecture; {path} has {architecture!r}. Export it again."
+        )
     metadata.pop(_ALIGNMENT, None)  # files are written with the default alignment
     return GgufModel(architecture, metadata, tensors, types)
 

@@ -37,9 +37,9 @@ def tokenizer_metadata(
     state: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {}
     model = state.get("model", {})
     if model.get("type") != "BPE":
-        raise ZebraError(f"the tokenizer of {path} is no table of merged pairs, which alone is exported. {remedy}")
+        raise ZebraError(f"an export requires a BPE tokenizer; that of {path} is not one. {remedy}")
     if fault := _fault(tokenizer, state):
-        raise ZebraError(f"the tokenizer of {path} {fault}, and llama.cpp has no field for that. {remedy}")
+        raise ZebraError(f"the tokenizer of {path} {fault}, which llama.cpp does not support. {remedy}")
     tokens, kinds = _tokens(tokenizer, state, vocab_size)
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]]
     metadata: dict[str, Any] = {"tokens": tokens, "token_type": kinds}
@@ -55,7 +55,7 @@ def tokenizer_metadata(
         }
     ids = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     if unwritten := end_tokens[len(END_FIELDS) :]:
-        _log.warning("%s: llama.cpp has no field for the end tokens %s; it may write on behind them.", path, unwritten)
+        _log.warning("%s: llama.cpp has no field for the end tokens %s; it may generate past them.", path, unwritten)
     ids |= dict(zip(END_FIELDS, end_tokens or [tokenizer.eos_token_id], strict=False))
     metadata |= {f"{name}_token_id": token for name, token in ids.items() if token is not None}
     metadata |= dict(zip(("add_bos_token", "add_eos_token"), map(bool, _around(tokenizer)), strict=True))
@@ -78,7 +78,7 @@ def _fault(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> str | N
     model, steps = state["model"], _steps(state)
     before, after = _around(tokenizer)
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
-        return "puts more than the tokens of a beginning and an end around a text"
+        return "adds more to a text than bos_token and eos_token"
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return "marks parts of words"
     if model.get("byte_fallback"):
@@ -92,7 +92,7 @@ def _fault(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any]) -> str | N
     else:
         normalizer = state.get("normalizer") or {"type": "NFC"}  # most texts are in NFC already
         other = [each for each in normalizer.get("normalizers", [normalizer]) if each["type"] != "NFC"]
-    return f"changes a text by {other[0]['type']}" if other else None
+    return f"applies {other[0]['type']} to a text" if other else None
 
 
 def _steps(state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -142,5 +142,5 @@ def _split_name(state: dict[str, Any], path: Any, remedy: str) -> str:
     names = (name for name, known in PRE_TOKENIZERS.items() if essence(known) == split)
     name = next((name for name in names if (name in WHOLE_PIECES) == whole), None)
     if name is None:
-        raise ZebraError(f"the tokenizer of {path} splits text in a way that zebra has no name for. {remedy}")
+        raise ZebraError(f"the tokenizer of {path} has a pre-tokenizer that zebra cannot export. {remedy}")
     return name

@@ -46,6 +46,6 @@ def period_of(layer_types: tuple[str, ...], reader: str) -> int:
         if all(each == (i % period < period - 1) for i, each in enumerate(local)):
             return period
     raise ZebraError(
-        f"{reader} reads a period whose last layer is global, such as LG or LLLG; the layers are "
+        f"{reader} requires a period whose last layer is global, such as LG or LLLG; the layers are "
         f"{''.join('L' if each else 'G' for each in local)}. Choose such a layout, or serve the folder with zebra."
     )

@@ -89,7 +89,7 @@ def _with_head(model: GgufModel) -> tuple[dict[str, Any], dict[str, GgufTensor]]
 
 def _gemma(model: GgufModel) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     if "output.weight" in model.tensors and model.architecture == "gemma2":
-        raise ZebraError(f"this Gemma has a head of its own, and llama.cpp's gemma2 reads none. {REMEDY}")
+        raise ZebraError(f"this Gemma has an untied head, which llama.cpp's gemma2 does not support. {REMEDY}")
     return {}, model.tensors
 
 
@@ -133,7 +133,7 @@ def with_stripes(model: GgufModel, stripes: Stripes) -> GgufModel:
     """
     if stripes.sinks:
         raise ZebraError(
-            f"llama.cpp has no attention sinks that are tokens, and the layout is {stripes}. Leave out "
+            f"llama.cpp does not support sinks that are tokens; the layout is {stripes}. Leave out "
             f"+{stripes.sinks}, or serve the folder with zebra."
         )
     target = check_architecture(model.architecture)
@@ -142,7 +142,7 @@ def with_stripes(model: GgufModel, stripes: Stripes) -> GgufModel:
     scaled = model.own("rope.scaling.type") not in (None, "none") or "rope_freqs.weight" in model.tensors
     if scaled and model.architecture.startswith("qwen3") and LOCAL in kinds:
         raise ZebraError(
-            f"this model has a scaled rope, and llama.cpp's mellum scales that of global layers alone. {REMEDY}"
+            f"this model has a scaled rope, but llama.cpp's mellum scales only that of global layers. {REMEDY}"
         )
     pattern: list[bool] | int = [kind == LOCAL for kind in kinds]
     if not target.every_layer:

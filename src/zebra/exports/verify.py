@@ -34,7 +34,7 @@ TOLERANCE = {"F32": 5e-3, "F16": 5e-2, "BF16": 5e-2}
 """Tolerance of log-probabilities in nats, by type of the matrices. Gemma differs most: engines approximate its GELU."""
 TOLERANCE_OF_BLOCKS = 0.5
 """Tolerance for block-quantised weights, with which llama.cpp rounds the activations too."""
-_NAME_IT = "Name what `zebra export` wrote for it."
+_NAME_IT = "Pass what `zebra export` wrote for the engine."
 _SAMPLES = ["Once upon a time, there was a little girl.", "In 1984 there were 12 pages;\n  and (some) code: x = y[0]!"]
 
 
@@ -68,11 +68,11 @@ def verify_export(
             stripes; a length within the window.
     """
     if engine not in ENGINES:
-        raise ZebraError(f"the engines that an export is run in are {', '.join(ENGINES)}; got {engine!r}. Choose one.")
+        raise ZebraError(f"the engine must be one of {', '.join(ENGINES)}; got {engine!r}. Choose one.")
     layout, kind = _written(target, against, engine)
     n = length or layout.window + layout.window // 2 + 16
     if n <= layout.window:
-        raise ZebraError(f"a long prompt goes beyond the window of {layout.window}; got length {n}. Give a larger one.")
+        raise ZebraError(f"the length must be larger than the window of {layout.window}; got {n}. Raise the length.")
     model = load(against, stripes=layout, dtype="float32")
     generator = torch.Generator().manual_seed(seed)
     short = max(2, min(layout.window, 512) - NEW_TOKENS)
@@ -80,7 +80,7 @@ def verify_export(
     request = {"model": str(target), "prompts": prompts, "new_tokens": NEW_TOKENS, "top": TOP, "texts": _SAMPLES}
     (answer,) = run_engine(engine, python, [request | {"arguments": _arguments(target, engine)}])
     if "error" in answer:
-        raise ZebraError(f"{engine} does not run {target}: {' '.join(answer['error'].split())}")
+        raise ZebraError(f"{engine} cannot run {target}: {' '.join(answer['error'].split())}")
     own = load_tokenizer(against)
     texts = [own(text).input_ids for text in _SAMPLES]
     wrong = sum(one != other for one, other in zip(texts, answer["texts"], strict=True))
@@ -99,9 +99,9 @@ def _written(target: str | os.PathLike[str], against: str | os.PathLike[str], en
     """The layout of an export, and the most frequent type of its matrices."""
     if is_gguf(target) != (engine == "gguf"):
         kind = "a file that ends in .gguf" if engine == "gguf" else "a folder"
-        raise ZebraError(f"{engine} runs {kind}; got {target}. {_NAME_IT}")
+        raise ZebraError(f"{engine} requires {kind}; got {target}. {_NAME_IT}")
     if not Path(target).exists():
-        raise ZebraError(f"there is no {target}. {_NAME_IT}")
+        raise ZebraError(f"{target} does not exist. {_NAME_IT}")
     if is_gguf(target):
         check_gguf_package(target)
         from zebra.exports.gguf_file import layout_of
@@ -118,7 +118,7 @@ def _written(target: str | os.PathLike[str], against: str | os.PathLike[str], en
         layout, kind = Stripes.parse(str(fields.get("layout"))) if fields.get("window") else None, "F32"
     layout = layout or stripes_of(read_config(against))
     if layout is None:
-        raise ZebraError(f"neither {target} nor {against} names stripes. {_NAME_IT}")
+        raise ZebraError(f"neither {target} nor {against} has stripes. {_NAME_IT}")
     return layout, kind
 
 
@@ -146,7 +146,7 @@ def run_engine(engine: str, python: str, requests: list[dict[str, Any]]) -> list
         done = subprocess.run([python, script], input=json.dumps(requests), capture_output=True, text=True, check=False)
     except OSError as error:
         raise ZebraError(
-            f"there is no Python at {python}: {error.strerror}. Name that of the engine's environment."
+            f"there is no Python at {python}: {error.strerror}. Pass the Python of the engine's environment."
         ) from None
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -157,7 +157,7 @@ def run_engine(engine: str, python: str, requests: list[dict[str, Any]]) -> list
     except (ValueError, TypeError):
         answers = []
     if len(answers) != len(requests):
-        raise ZebraError(f"{python} gives no answer of {engine}. Name the Python of the engine's environment.")
+        raise ZebraError(f"{engine} gave no answer from {python}. Pass the Python of the engine's environment.")
     return answers
 
 

@@ -87,7 +87,7 @@ class ZebraPlugin(BasePlugin):
         source, config = str(cfg["base_model"]), cfg.get("base_model_config")
         if config not in (None, source):
             raise ZebraError(
-                f"zebra.stripes changes the config of base_model; got base_model_config: {config}. Leave it out."
+                f"zebra.stripes requires the config of base_model; got base_model_config: {config}. Remove that key."
             )
         target = Path(cfg.get("output_dir") or "model-out") / "striped-base"
         if source != str(target):
@@ -132,7 +132,7 @@ def _converted(source: str, target: Path, stripes: str) -> Path:
     earlier = json.loads((target / "zebra.json").read_text(encoding="utf-8"))
     if (earlier["source"], earlier["layout"]) != (str(Path(source)), layout):
         raise ZebraError(
-            f"{target} holds {earlier['source']} as {earlier['layout']}, and the recipe names {source} as {layout}. "
-            "Name another output_dir, or remove it."
+            f"{target} holds {earlier['source']} as {earlier['layout']}, but the recipe has {source} as {layout}. "
+            "Change output_dir, or remove that directory."
         )
     return target

@@ -37,13 +37,15 @@ def resolved(command: Sequence[str]) -> list[str]:
     program = command[0]
     if program == "-m" or program.endswith(".py"):
         if program != "-m" and not Path(program).is_file():
-            raise ZebraError(f"zebra with runs a command or a file; got {program}, which is no file. Check its path.")
+            raise ZebraError(
+                f"zebra with runs a command or a file; got {program}, which is not a file. Check its path."
+            )
         return [sys.executable, *command]
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     if (where := shutil.which(program, path=path)) is None:
         raise ZebraError(
             f"zebra with runs a command of this environment or on the PATH; got {program!r}, which is neither. "
-            f"Install it beside zebra, into {sys.prefix}."
+            f"Install it next to zebra, in {sys.prefix}."
         )
     return [where, *command[1:]]
 
@@ -56,8 +58,8 @@ def environment(before: Mapping[str, str]) -> dict[str, str]:
     """
     if before.get(_SWITCH, "1") != "1":
         raise ZebraError(
-            f"zebra with rests on the entry points that torch loads; got {_SWITCH}={before[_SWITCH]}, which switches "
-            "them off. Unset it."
+            f"zebra with requires the entry points that torch loads; got {_SWITCH}={before[_SWITCH]}, which disables "
+            "them. Unset it."
         )
     paths = [str(ENTRY_POINT), *filter(None, [before.get("PYTHONPATH")])]
     return {**before, "PYTHONPATH": os.pathsep.join(paths)}

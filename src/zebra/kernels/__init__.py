@@ -83,13 +83,13 @@ def choose(request: Request) -> Kernel:
     if kernel is None:
         raise NotImplementedError(f"no attention kernel can serve this request. {'; '.join(lines.values())}.")
     if kernel is reference.KERNEL and _only.get() is None:
-        _warn_once(f"attention runs by the dense formula, slow and large, because {'; '.join(lines.values())}")
+        _warn_once(f"attention uses the dense formula, slow and memory-intensive, because {'; '.join(lines.values())}")
         return kernel
     device = request.q.device.type
     declined = [one for one in KERNELS if one.name in lines and one.does_not_pay(request) is None]
     missed = [lines[one.name] for one in declined if device in (one.devices or ())]
     if missed:
-        _warn_once(f"attention runs by the kernel {kernel.name}, because {'; '.join(missed)}")
+        _warn_once(f"attention uses the kernel {kernel.name}, because {'; '.join(missed)}")
     return kernel
 
 
@@ -139,7 +139,7 @@ def attend(
     _check(q, k, v, mask, slopes)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not math.isfinite(scale) or not (softcap is None or 0 < softcap < math.inf):
-        raise ValueError(f"scale is a finite number and softcap a positive one, or None; got {scale} and {softcap}.")
+        raise ValueError(f"scale must be finite, and softcap positive and finite or None; got {scale} and {softcap}.")
     k, v, mask = _trim(q, k, v, mask)
     request = Request(
         q=unit_stride(q),
@@ -198,7 +198,7 @@ def gradients(
             dq, dk, dv = kernel.gradients(request, out, lse, grad_out, grad_lse)
             return (dq, pad(dk, unseen), pad(dv, unseen)) if unseen[2] else (dq, dk, dv)
         reasons.append(f"{kernel.name}: {reason}")
-    raise NotImplementedError(f"no attention kernel has the gradients of this request. {'; '.join(reasons)}.")
+    raise NotImplementedError(f"no attention kernel can compute the gradients of this request. {'; '.join(reasons)}.")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, slopes: Tensor | None) -> None:
@@ -213,23 +213,25 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Mask, slopes: Tensor | None) -
     )
     if not fits:
         raise ValueError(
-            "attention takes q (B, H, T, D) and k, v (B, K, S, D), none empty, with H a multiple of K and 1 <= T <= S; "
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
+            "attention requires q (B, H, T, D) and k, v (B, K, S, D), none empty, with H a multiple of K and "
+            f"1 <= T <= S; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
         )
     of_keys = "key, (B, S)", (k.shape[0], k.shape[2])
     others = ("mask.keys", mask.keys, *of_keys), ("mask.documents", mask.documents, *of_keys)
     for name, tensor, entry, shape in (*others, ("slopes", slopes, "head, (H,)", q.shape[1:2])):
         if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has one entry for each {entry} = {tuple(shape)}; got {tuple(tensor.shape)}.")
+            raise ValueError(f"{name} must have one entry per {entry} = {tuple(shape)}; got {tuple(tensor.shape)}.")
     devices = {x.device for x in (q, k, v, mask.keys, mask.documents, slopes) if x is not None}
     if len(devices) > 1:
-        raise ValueError(f"q, k, v, the mask and slopes are on one device; got {', '.join(sorted(map(str, devices)))}.")
+        raise ValueError(
+            f"q, k, v, the mask and slopes must be on one device; got {', '.join(sorted(map(str, devices)))}."
+        )
     if mask.keys is not None and mask.keys.dtype != torch.bool:
-        raise ValueError(f"mask.keys is bool, True for real tokens; got {mask.keys.dtype}.")
+        raise ValueError(f"mask.keys must be bool, True for real tokens; got {mask.keys.dtype}.")
     if mask.documents is not None and mask.documents.dtype not in _INTEGERS:
-        raise ValueError(f"mask.documents holds integers; got {mask.documents.dtype}.")
+        raise ValueError(f"mask.documents must hold integers; got {mask.documents.dtype}.")
     if mask.documents is not None and bool((mask.documents[:, 1:] < mask.documents[:, :-1]).any()):
-        raise ValueError("mask.documents never falls along a sequence: number its documents in their order.")
+        raise ValueError("mask.documents must not decrease along a sequence. Number its documents in order.")
 
 
 def _trim(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Mask]:

@@ -310,7 +310,7 @@ def banded(request: Request) -> tuple[Tensor, Tensor | None]:
 
 def _unsupported_reason(request: Request) -> str | None:
     if request.slopes is not None and request.slopes.requires_grad and torch.is_grad_enabled():
-        return "it gives ALiBi's slopes no gradient"
+        return "it computes no gradient of ALiBi's slopes"
     return None
 
 

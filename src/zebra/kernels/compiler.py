@@ -71,7 +71,7 @@ def library(source: Path, *options: str) -> ctypes.CDLL:
 
 
 def _compile(source: Path, path: Path, command: list[str]) -> None:
-    _log.warning("compiling %s for this CPU, once: some seconds", source.name)
+    _log.warning("compiling %s for this CPU, once; this takes some seconds", source.name)
     with tempfile.TemporaryDirectory() as temporary, atomic_file(path) as partial:
         output = Path(temporary) / path.name
         command = [*command, str(source), "-o", str(output)]
@@ -111,7 +111,7 @@ def _is_private(folder: Path) -> bool:
 
 @functools.cache
 def _temporary_folder() -> Path:
-    _log.warning("the cache of compiled kernels can be written by others, so it is not used")
+    _log.warning("the cache of compiled kernels is writable by other users, so it is not used")
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     return Path(folder.name)
@@ -123,5 +123,5 @@ def _compiler() -> list[str]:
         return shlex.split(named)
     path = shutil.which("g++") or shutil.which("clang++")
     if path is None:
-        raise Unbuilt("there is no C++ compiler, g++ or clang++ or what CXX names")
+        raise Unbuilt("there is no C++ compiler: install g++ or clang++, or set CXX")
     return [path]

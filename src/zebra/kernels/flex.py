@@ -137,7 +137,7 @@ def flex(request: Request) -> tuple[Tensor, Tensor | None]:
 
 def _unsupported_reason(request: Request) -> str | None:
     if request.q.shape[3] < 16:
-        return "it takes head sizes of at least 16"
+        return "it supports head sizes of at least 16"
     if request.q.is_cuda and torch.cuda.get_device_capability(request.q.device) < (7, 0):
         return "its compiler needs a GPU of compute capability 7.0 or newer"
     return None

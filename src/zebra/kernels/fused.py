@@ -60,11 +60,11 @@ def fused(request: Request) -> tuple[Tensor, Tensor | None]:
 
 def _unsupported_reason(request: Request) -> str | None:
     if request.mask.window is not None:
-        return "it has no window"
+        return "it does not support a window"
     if request.scale <= 0:
         return "torch's causal kernel gives NaN for a scale that is not positive"
     if request.v.shape[3] != request.q.shape[3] and (request.queries > 1 or request.with_lse):
-        return "it takes values of another head size in decode without log-sum-exp alone"
+        return "it supports values of another head size only in decoding without log-sum-exp"
     if request.mask.documents is not None:
         return "it does not keep packed documents apart"
     if request.queries > 1 and request.mask.keys is not None:
@@ -77,7 +77,7 @@ def _unsupported_reason(request: Request) -> str | None:
     if request.with_lse and (reason := _no_lse(request)) is not None:
         return reason
     if request.mask.keys is not None and not bool(request.mask.keys.any(dim=-1).all()):
-        return "a query that sees no key gives NaN in it"
+        return "it gives NaN for a query that sees no key"
     return None
 
 
@@ -94,13 +94,13 @@ def _no_chunk(request: Request) -> str | None:
     if request.q.element_size() < 4:
         return "tiles are faster in 16 bits"
     if request.q.shape[-1] * request.q.element_size() > _HEAD_BYTES:
-        return "tiles are faster with heads as large"
+        return "tiles are faster with heads this large"
     return _no_lse(request)
 
 
 def _no_lse(request: Request) -> str | None:
     if request.q.device.type != "cpu" or _LSE is None:
-        return "it gives a log-sum-exp on a CPU only, where torch has the operator"
+        return "it returns a log-sum-exp only on a CPU, if torch has the operator"
     if request.wants_gradient:
         return "its log-sum-exp has no gradient"
     return None

@@ -90,7 +90,7 @@ def _run(direction: str, tensors: dict[str, Tensor], scale: float, softcap: floa
 def _library(dtype: torch.dtype, size: int) -> ctypes.CDLL | str:
     """native.cpp compiled and loaded, or the reason why it is not."""
     if not compiler.IS_ARM and (missing := _X86 - compiler.cpu_flags()):
-        return f"this CPU does not say that it has {', '.join(sorted(missing))}"
+        return f"this CPU does not report {', '.join(sorted(missing))}"
     return _loaded(compiler.CPU, *options(dtype, size))
 
 
@@ -208,15 +208,15 @@ def _slopes(request: Request) -> Tensor | None:
 def _unsupported_reason(request: Request) -> str | None:
     size = request.q.shape[3]
     if size not in _SIZES:
-        return f"it takes head sizes {', '.join(map(str, _SIZES))}, not {size}"
+        return f"it supports head sizes {', '.join(map(str, _SIZES))}, not {size}"
     if request.scale <= 0:
-        return "it takes positive scales only"
+        return "it supports only positive scales"
     if request.slopes is not None and request.softcap is not None:
-        return "it has ALiBi without a softcap"
+        return "it does not support ALiBi with a softcap"
     if request.slopes is not None and request.slopes.requires_grad and torch.is_grad_enabled():
-        return "it gives ALiBi's slopes no gradient"
+        return "it computes no gradient of ALiBi's slopes"
     if request.mask.has_padding_holes():
-        return "padding stands between the tokens of a sequence"
+        return "there is padding between the tokens of a sequence"
     library = _library(request.q.dtype, size)
     return library if isinstance(library, str) else None
 

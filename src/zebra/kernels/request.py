@@ -33,7 +33,8 @@ class Mask:
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(
-                f"a window counts the keys that a query sees, its own included; got {self.window}, not 1 or more."
+                f"a window must be at least 1, as it counts the keys that a query sees, its own included; got "
+                f"{self.window}."
             )
 
     def visible(self, i: Tensor, j: Tensor) -> Tensor:
@@ -183,11 +184,11 @@ class Kernel:
     def does_not_pay(self, request: Request) -> str | None:
         """Why the request is too small or too large for the kernel to be worth running, or None."""
         if request.queries < self.min_queries:
-            return f"it does not pay for fewer than {self.min_queries} queries"
+            return f"it is not efficient for fewer than {self.min_queries} queries"
         if self.max_queries is not None and request.queries > self.max_queries:
-            return f"it does not pay for more than {self.max_queries} queries"
+            return f"it is not efficient for more than {self.max_queries} queries"
         if request.keys < self.min_keys:
-            return f"it does not pay for fewer than {self.min_keys:,} keys"
+            return f"it is not efficient for fewer than {self.min_keys:,} keys"
         return None
 
     def declines(self, request: Request) -> str | None:
@@ -196,19 +197,19 @@ class Kernel:
         if self.devices is not None and q.device.type not in self.devices:
             return f"it runs on {', '.join(sorted(self.devices))}, not on {q.device.type}"
         if not q.dtype == k.dtype == v.dtype:
-            return f"q, k and v have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
+            return f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
         if q.dtype not in self.dtypes:
-            return f"it does not take {q.dtype}"
+            return f"it does not support {q.dtype}"
         if k.shape[3] != v.shape[3] and not self.value_sizes:
-            return f"it takes values of the keys' head size, {k.shape[3]}, not {v.shape[3]}"
+            return f"it supports only values of the keys' head size, {k.shape[3]}, not {v.shape[3]}"
         if request.arguments:
-            return f"it does not know the argument {', '.join(sorted(request.arguments))}"
+            return f"it does not support the argument {', '.join(sorted(request.arguments))}"
         if (reason := self.does_not_pay(request)) is not None:
             return reason
         if request.softcap is not None and not self.softcap:
-            return "it has no softcap"
+            return "it does not support a softcap"
         if request.slopes is not None and not self.slopes:
-            return "it has no ALiBi"
+            return "it does not support ALiBi"
         if request.mask.sinks and request.mask.window is not None and not self.sinks:
-            return "it has no sinks, which zebra.kernels.sinks merges"
+            return "it does not support sinks, which zebra.kernels.sinks merges"
         return self.unsupported_reason(request)

@@ -69,7 +69,7 @@ def sink_attention(
     if mask.window is None or not mask.sinks or start + k.shape[2] <= mask.window:
         return attend(q, k, v, band, with_lse=with_lse, **kwargs)
     if arguments.get("slopes") is not None:
-        raise NotImplementedError("sinks are not supported under ALiBi, which lowers what is far away. Leave them out.")
+        raise NotImplementedError("sinks are not supported with ALiBi, which lowers distant scores. Leave them out.")
     out, lse = attend(q, k, v, band, **kwargs)
     assert lse is not None
     queries = q.shape[2]

@@ -167,9 +167,9 @@ def varlen(request: Request) -> tuple[Tensor, Tensor | None]:
 def _unsupported_reason(request: Request) -> str | None:
     size, gradient = request.q.shape[3], request.wants_gradient
     if size % 8 or size > 256:
-        return f"it takes head sizes that are a multiple of 8 up to 256, not {size}"
+        return f"it supports head sizes that are a multiple of 8 up to 256, not {size}"
     if request.scale <= 0:
-        return "flash attention takes positive scales only"
+        return "flash attention supports only positive scales"
     if request.with_lse and gradient:
         return "its backward drops the gradient of the log-sum-exp"
     if request.q.is_cuda:
@@ -181,7 +181,7 @@ def _unsupported_reason(request: Request) -> str | None:
         if gradient and 192 < size <= 224 and ((8, 6) <= capability <= (8, 9) or capability[0] == 12):
             return "its backward of head sizes from 200 to 224 does not fit this GPU"
     if request.mask.has_padding_holes(within_documents=True):
-        return "padding stands between the tokens of a sequence"
+        return "there is padding between the tokens of a sequence"
     return None
 
 

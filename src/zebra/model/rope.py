@@ -180,7 +180,7 @@ def check_fixed_rope(config: PreTrainedConfig, purpose: str) -> None:
     kind = changes_with_length(config)
     if kind is not None:
         raise ZebraError(
-            f"{purpose} requires a rope with fixed frequencies; those of type {kind} change with the length of the "
+            f"{purpose} requires fixed frequencies; those of a rope of type {kind} change with the length of the "
             "text, so cached and new keys would not match. Use yarn, linear, llama3 or base; "
             f"{kind} supports only `zebra evaluate perplexity`."
         )

@@ -41,8 +41,8 @@ def layers_within(budget: str, candidates: Sequence[int], local: Stripes, run: C
         count = size if isinstance(size, int) else int(size * most + 1e-9)
         if not 1 <= count < most:
             raise ZebraError(
-                f"of this model's {most} global layers a selection keeps 1 to {most - 1}; "
-                f"a budget of {size} keeps {count}. Give another number."
+                f"a selection must keep 1 to {most - 1} of this model's {most} global layers; "
+                f"a budget of {size} keeps {count}. Change the budget."
             )
         return count
     unchanged = run(length)
@@ -56,8 +56,8 @@ def layers_within(budget: str, candidates: Sequence[int], local: Stripes, run: C
         scale, name = (1, "FLOPs") if unit == "flops" else (2**20, "MiB")
         first, every, allowed = (f"{cost / scale:,.4g} {name}" for cost in (costs[0], costs[-1], limit))
         raise ZebraError(
-            f"at {unchanged.length:,} tokens one global layer costs {first} and all {most} cost {every}; "
-            f"a budget of {allowed} leaves no choice. Give one between."
+            f"a budget must be between the costs of one global layer and of all {most}, {first} and {every} at "
+            f"{unchanged.length:,} tokens; got {allowed}. Change the budget."
         )
     return sum(cost <= limit for cost in costs)
 
@@ -70,7 +70,7 @@ def parse_budget(budget: str) -> tuple[str | None, float, int | None]:
     """
     match = re.fullmatch(r"(?:(flops|cache):)?([0-9.]+[A-Za-z]*)(?:@([0-9_]+))?", budget.strip())
     if match is None or (match[3] and not match[1]):
-        raise ZebraError(f"a budget is a number of global layers, a share or a cost; got {budget!r}. {_NOTATION}")
+        raise ZebraError(f"a budget must be a number of global layers, a share or a cost; got {budget!r}. {_NOTATION}")
     unit, amount, length = match.groups()
     if unit == "cache":
         size: float = parse_bytes(amount)
@@ -85,5 +85,5 @@ def _share(text: str) -> float:
     except ValueError:
         share = 0.0
     if not 0 < share < 1:
-        raise ZebraError(f"a share lies between 0 and 1; got {text!r}. {_NOTATION}")
+        raise ZebraError(f"a share must be between 0 and 1; got {text!r}. {_NOTATION}")
     return share

@@ -90,7 +90,10 @@ def parse_cluster(text: str) -> list[int]:
     bounds = re.fullmatch(r"(\d{1,9})(?:\.\.(\d{1,9}))?", text)
     low, high = (int(bounds[1]), int(bounds[2] or bounds[1])) if bounds else (0, 0)
     if not 1 <= low <= high <= _LARGEST or low & (low - 1) or high & (high - 1):
-        raise ZebraError(f"a cluster has 8..1024 devices, or 64: powers of two, at most {_LARGEST:,}; got {text!r}.")
+        raise ZebraError(
+            f"the number of devices must be a power of two of at most {_LARGEST:,}, or a range of these; got {text!r}. "
+            "Write, for example, 64 or 8..1024."
+        )
     return [1 << exponent for exponent in range(low.bit_length() - 1, high.bit_length())]
 
 
@@ -104,11 +107,11 @@ def predictions(run: Run, device: Device, devices: int) -> list[Prediction]:
             raises.
     """
     if run.phase != "train":
-        raise ZebraError(f"a cluster shares a training; got the phase {run.phase}. Add --phase train.")
+        raise ZebraError(f"a cluster requires the phase train; got {run.phase}. Add --phase train.")
     check_parallel(run)
     if device.memory is None or device.link is None:
         raise ZebraError(
-            f"{device.name} names no memory or no links between devices. Add memory and link to its file, such as "
+            f"a cluster requires memory and link of {device.name}; one is not known. Add both to its file, such as "
             '"link": {"inside": 4.5e11, "across": 5e10, "node": 8}, or choose another device.'
         )
     ways = [_predict(run, device, device.link, device.memory, parallel) for parallel in _ways(run, devices)]
@@ -184,15 +187,15 @@ def _tree(one: Prediction) -> dict[str, Any]:
 def headline(plan: dict[str, Any]) -> str:
     """Describe the model, the step and the device of the tables, in three lines."""
     model, settings, device = plan["model"], plan["settings"], plan["device"]
-    what = f"training steps of sequences of {settings['length']:,} tokens, {settings['batch']:,} to a group, "
+    what = f"training steps of sequences of {settings['length']:,} tokens, {settings['batch']:,} per group, "
     what += settings["dtype"] + ", LoRA" * bool(settings["lora"])
     what += ", activation checkpointing" * settings["checkpointing"]
     link = device["link"]
     links = f"{link['inside'] / 1e9:,.0f} GB/s in a node of {link['node']}, {link['across'] / 1e9:,.0f} GB/s beyond"
     return (
         f"{model['name']}: {model['parameters']:,} parameters, {what}\n{device['name']}, {device['source']}; {links}\n"
-        "sharing: data × shard × sequence; GiB: memory of a device; wire: GiB that it receives in a step; "
-        "K/s: thousand tokens a second"
+        "sharing: data × shard × sequence; GiB: memory of a device; wire: GiB that it receives per step; "
+        "K/s: thousand tokens per second"
     )
 
 

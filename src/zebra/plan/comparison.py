@@ -59,7 +59,9 @@ def compare(
     if parallel is not None:
         check_parallel(run, parallel)
         if budget is not None or seconds is not None:
-            raise ZebraError("--memory and --seconds find what fits one device. Leave them out, or --parallel.")
+            raise ZebraError(
+                "--memory and --seconds do not support --parallel, only one device. Leave out one of them."
+            )
     d = run.decoder
     recorded = ("length", "batch", "dtype", "phase", "checkpointing", "lora")
     plan: dict[str, Any] = {
@@ -171,7 +173,7 @@ def headline(plan: dict[str, Any]) -> str:
         sizes = (
             " x ".join(f"{name} {shared[name]}" for name in ("data", "shard", "sequence")) + ", ring" * shared["ring"]
         )
-        what += f"; shared by {shared['devices']:,} devices ({sizes}), costs of all that one sequence has"
+        what += f"; shared by {shared['devices']:,} devices ({sizes}), costs of all devices of one sequence"
     return f"{model['name']}: {model['parameters']:,} parameters{note}\n{what}; {device['name']}, {ceilings}"
 
 
@@ -184,13 +186,13 @@ def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, 
         for part in columns[0][key]:
             name = f"[bold]{title}[/]" if part == "total" else f"{title}, {part}"
             cost.append(_line(name, [column[key][part] for column in columns], units))
-    cost.append(("FLOPs for a byte", *(f"{column['intensity']:,.1f}" for column in columns)))
+    cost.append(("FLOPs per byte", *(f"{column['intensity']:,.1f}" for column in columns)))
     space = []
     for part in columns[0]["memory"]:
         name = f"[bold]{part}[/]" if part == "total" else part
         space.append(_line(name, [column["memory"][part] for column in columns], BYTES))
     if "snapshot_bytes" in columns[0]:
-        space.append(_line("besides, a snapshot", [column["snapshot_bytes"] for column in columns], BYTES))
+        space.append(_line("plus a snapshot", [column["snapshot_bytes"] for column in columns], BYTES))
     received = dict.fromkeys(part for column in reversed(columns) for part in column.get("received", ()))
     for part in received:
         name = "[bold]received[/]" if part == "total" else f"received, {part}"
@@ -207,7 +209,7 @@ def tables(plan: dict[str, Any]) -> list[tuple[tuple[str, ...], list[tuple[str, 
     return [
         (("cost", *names), cost),
         (("memory of one device", *names), space),
-        (("attention, a layer's mean", "time", "pairs", "memory", "tokens cached"), kinds),
+        (("attention, mean per layer", "time", "pairs", "memory", "tokens cached"), kinds),
     ]
 
 

@@ -60,17 +60,17 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
-            raise ZebraError(f"a phase is one of {', '.join(PHASES)}; got {self.phase!r}. Choose one of them.")
+            raise ZebraError(f"a phase must be one of {', '.join(PHASES)}; got {self.phase!r}. Choose one of them.")
         training = self.phase == "train"
         allowed = ("float32", "bfloat16") if training else tuple(BYTES)
         if self.dtype not in allowed:
             names = ", ".join(allowed)
-            raise ZebraError(f"the dtype in {self.phase} is one of {names}; got {self.dtype!r}. Choose one.")
-        for name, value in (("length", self.length), ("batch", self.batch), ("LoRA's rank", self.lora)):
+            raise ZebraError(f"the dtype in {self.phase} must be one of {names}; got {self.dtype!r}. Choose one.")
+        for name, value in (("length", self.length), ("batch", self.batch), ("LoRA rank", self.lora)):
             if value is not None and not 1 <= value <= LARGEST:
-                raise ZebraError(f"the {name} is a whole number from 1 to 10^12; got {str(value)[:20]}. Change it.")
+                raise ZebraError(f"the {name} must be from 1 to 10^12; got {str(value)[:20]}. Change it.")
         if not training and (self.checkpointing or self.lora):
-            raise ZebraError(f"checkpointing and LoRA belong to the phase train; got {self.phase}. Drop them.")
+            raise ZebraError(f"checkpointing and LoRA require the phase train; got {self.phase}. Leave them out.")
         self.decoder.kinds(self.stripes)  # raises for a layer beyond the model
         if self.self_extend is not None:
             _check_self_extend(self, self.self_extend)
@@ -92,7 +92,7 @@ class Run:
 
 def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     if run.phase == "train":
-        raise ZebraError("Self-Extend needs no training. Choose the phase prefill or decode.")
+        raise ZebraError("Self-Extend does not support the phase train. Choose the phase prefill or decode.")
     trained, length = run.decoder.trained_length, run.length + (run.phase == "decode")
     check_rotatable_rope(run.decoder.family, run.decoder.rope)
     if not run.count(GLOBAL) or "G" not in run.decoder.traits.rotated:
@@ -100,8 +100,8 @@ def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     setting.check(trained)
     if length > (reach := setting.reach(trained)):
         raise ZebraError(
-            f"Self-Extend {setting} takes a model trained at {trained:,} tokens to {reach:,}; got {length:,}. "
-            f"Raise the group, write auto:{length}, or lower the length."
+            f"Self-Extend {setting} extends a model trained at {trained:,} tokens to {reach:,}; got {length:,}. "
+            f"Raise the group, use auto:{length}, or lower the length."
         )
 
 

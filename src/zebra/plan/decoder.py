@@ -185,7 +185,9 @@ def _with_settings(decoder: Decoder, path: Path) -> Decoder:
         settings = json.loads(file.read_text(encoding="utf-8"))
         sinks, full_decode = settings.get("sinks", 0), bool(settings.get("full_decode"))
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ZebraError(f"{file} cannot be read: {error}. Correct it, or remove it to plan without.") from None
+        raise ZebraError(
+            f"{file} cannot be read: {error}. Fix it, or remove it to plan without its settings."
+        ) from None
     return replace(decoder, stripes=replace(decoder.stripes, sinks=sinks), full_decode=full_decode)
 
 
@@ -198,8 +200,8 @@ def _as_stored(decoder: Decoder, fields: Mapping[str, Any], path: Path) -> Decod
         return decoder
     if not tensors:
         raise ZebraError(
-            f"{path} is quantised ({quantization.get('quant_method')}), and its safetensors files alone say how many "
-            "bytes that takes. Give their directory, or remove quantization_config to plan it in 16 bits."
+            f"{path} is quantised ({quantization.get('quant_method')}), so its size is known only from its safetensors "
+            "files. Give their directory, or remove quantization_config to plan it in 16 bits."
         )
     return replace(decoder, linear_bytes=layer_bytes(tensors) / decoder.linear_parameters)
 
@@ -222,12 +224,12 @@ def decoder_from_config(fields: Mapping[str, Any], *, name: str) -> Decoder:
     kv_heads = integer("num_key_value_heads", heads)
     if heads % kv_heads or (hidden % heads and fields.get("head_dim") is None):
         raise ZebraError(
-            f"{name}: key-value heads divide the heads, and heads the hidden size unless there is a head_dim; got "
+            f"{name}: key-value heads must divide the heads, and heads the hidden size unless head_dim is set; got "
             f"{kv_heads}, {heads} and {hidden}. Fix its config.json."
         )
     tied = fields.get("tie_word_embeddings", traits.tied)
     if not isinstance(tied, bool):
-        raise ZebraError(f"{name}: tie_word_embeddings is true or false; got {tied!r}. Fix its config.json.")
+        raise ZebraError(f"{name}: tie_word_embeddings must be true or false; got {tied!r}. Fix its config.json.")
     longest = integer("max_position_embeddings")
     attention_bias = traits.biases == "all" or bool(fields.get("attention_bias"))
     sizes = Decoder(
@@ -262,7 +264,7 @@ def _integer(fields: Mapping[str, Any], name: str, key: str, default: int | None
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
         shown = "nothing" if value is None else repr(value)[:20]
-        raise ZebraError(f"{name}: {key} is a whole number from 1 to 10^12; got {shown}. Fix its config.json.")
+        raise ZebraError(f"{name}: {key} must be an integer from 1 to 10^12; got {shown}. Fix its config.json.")
     return value
 
 
@@ -270,7 +272,7 @@ def _experts(fields: Mapping[str, Any], key: str, layers: int, traits: FamilyTra
     integer = partial(_integer, fields, name)
     experts, each = integer(key), integer("num_experts_per_tok")
     if each > experts:
-        raise ZebraError(f"{name}: a token uses at most all {experts} experts; got {each}. Fix its config.json.")
+        raise ZebraError(f"{name}: a token can use at most {experts} experts; got {each}. Fix its config.json.")
     kinds = fields.get("mlp_layer_types")
     only, step = fields.get("mlp_only_layers") or (), fields.get("decoder_sparse_step") or 1
     sparse = kinds.count("sparse") if kinds else sum(i not in only and (i + 1) % step == 0 for i in range(layers))
@@ -297,7 +299,7 @@ def _stripes(fields: Mapping[str, Any], traits: FamilyTraits, layers: int, name:
     window, kinds = fields.get("sliding_window"), fields.get("layer_types")
     if kinds is not None and (len(kinds) != layers or any(kind not in (GLOBAL, LOCAL) for kind in kinds)):
         raise ZebraError(
-            f"{name}: layer_types names one of {GLOBAL} and {LOCAL} for each of the {layers} layers; got "
+            f"{name}: layer_types must be {GLOBAL} or {LOCAL} for each of the {layers} layers; got "
             f"{len(kinds)} of {', '.join(sorted(set(map(str, kinds))))}. Other kinds cannot be estimated."
         )
     if not window or fields.get("use_sliding_window") is False:

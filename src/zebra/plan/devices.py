@@ -162,7 +162,7 @@ def find_device(device: str | os.PathLike[str]) -> Device:
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ZebraError(
             f"{path} is not a file of ceilings: {type(error).__name__} {error}. Give a JSON object with name, "
-            "flops (FLOP/s by dtype), bandwidth (bytes/s), perhaps memory (bytes), attention (FLOP/s by kind, dtype), "
+            "flops (FLOP/s by dtype), bandwidth (bytes/s), optional memory (bytes), attention (FLOP/s by kind, dtype), "
             "reading (bytes/s by weights and cache, dtype), link (bytes/s inside a node and across, devices of a node)."
         ) from None
     everywhere = [peaks, *attention.values(), *reading.values()]
@@ -172,7 +172,7 @@ def find_device(device: str | os.PathLike[str]) -> Device:
     )
     if not peaks or unknown or not all(0 < rate < float("inf") for rate in rates):
         raise ZebraError(
-            f"{path}: ceilings are positive rates for {', '.join(BYTES)}, with a positive memory and link where they "
-            f"are known; got flops {peaks} and bandwidth {measured.bandwidth:g}. Measure again."
+            f"{path}: ceilings must be positive rates for {', '.join(BYTES)}, with a positive memory and link if "
+            f"present; got flops {peaks} and bandwidth {measured.bandwidth:g}. Measure again."
         )
     return measured

@@ -25,10 +25,11 @@ def parse_bytes(text: str) -> int:
     """Read an amount of memory in bytes: 80GiB, 24GB, 512MiB, 1000B; without a unit bytes, and then at least 1 MiB."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or not 0 < float(match[1]) < 1e18:
-        raise ZebraError(f"memory is a positive number and a unit; got {text!r}. Write 80GiB, 24GB or 512MiB.")
+        raise ZebraError(f"memory must be a positive number and a unit; got {text!r}. Write 80GiB, 24GB or 512MiB.")
     if not match[2] and float(match[1]) < 2**20:
         raise ZebraError(
-            f"memory without a unit is bytes, 1 MiB at least; got {text!r}. Write {match[1]}GiB or {match[1]}MiB."
+            f"memory without a unit is in bytes and must be at least 1 MiB; got {text!r}. Write {match[1]}GiB or "
+            f"{match[1]}MiB."
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -60,7 +61,7 @@ def suggest_layout(run: Run, *, budget: int | None = None, seconds: float | None
         ZebraError: `seconds` that are not positive.
     """
     if seconds is not None and not seconds > 0:
-        raise ZebraError(f"a budget of time is a positive number of seconds; got {seconds:g}. Raise it.")
+        raise ZebraError(f"a budget of time must be a positive number of seconds; got {seconds:g}. Raise it.")
     layouts = [Stripes.grouped(stride=g, window=w) for g in STRIDES for w in WINDOWS if w < run.length]
     for candidate in sorted((replace(run, stripes=stripes) for stripes in (None, *layouts)), key=pairs, reverse=True):
         if (budget is None or sum(memory(candidate).values()) <= budget) and (

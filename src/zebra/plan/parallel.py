@@ -41,10 +41,10 @@ class Parallel:
 
     def __post_init__(self) -> None:
         if self.ring and self.sequence == 1:
-            raise ZebraError("a ring passes keys round the devices of a sequence; got one. Add sequence=2.")
+            raise ZebraError("a ring requires at least 2 devices for a sequence; got 1. Add sequence=2.")
         for name, count in self.sizes.items():
             if not 1 <= count <= _LARGEST:
-                raise ZebraError(f"{name} counts processes, from 1 to {_LARGEST:,}; got {count}. Change it.")
+                raise ZebraError(f"{name} must be from 1 to {_LARGEST:,}; got {count}. Change it.")
 
     @classmethod
     def parse(cls, text: str) -> Parallel:
@@ -53,8 +53,8 @@ class Parallel:
         sizes = dict(re.findall(r"(data|shard|sequence)=(\d{1,9})(?:,|$)", groups))
         if not sizes or ",".join(f"{name}={count}" for name, count in sizes.items()) != groups:
             raise ZebraError(
-                "devices are shared as in shard=4,sequence=2, by data, shard, sequence, and ring at the end; "
-                f"got {text!r}."
+                "devices must be written as data=N, shard=N and sequence=N, with commas, and ring at the end; "
+                f"got {text!r}. Write, for example, shard=4,sequence=2."
             )
         return cls(**{name: int(count) for name, count in sizes.items()}, ring=ring)
 
@@ -85,12 +85,14 @@ def check_parallel(run: Run, parallel: Parallel | None = None) -> None:
         ZebraError: decoding, layers of other kinds than global and local, more devices than a sequence has tokens.
     """
     if run.phase == "decode":
-        raise ZebraError("devices share a training or a prefill, not decoding. Choose the phase train or prefill.")
+        raise ZebraError("several devices do not support the phase decode. Choose the phase train or prefill.")
     if run.others:
-        raise ZebraError("sequences are split in global and local layers; this layout has others. Plan one device.")
+        raise ZebraError(
+            "several devices support only global and local layers; this layout has others. Plan one device."
+        )
     if parallel is not None and parallel.sequence > run.length:
         raise ZebraError(
-            f"the devices of a sequence hold tokens of it, at least one each; got {parallel.sequence:,} devices for "
+            f"each device of a sequence must have at least one token; got {parallel.sequence:,} devices for "
             f"{run.length:,} tokens. Lower sequence, or raise --length."
         )
 

@@ -50,7 +50,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         if size > _LARGEST_HEADER:
-            raise ValueError(f"{file.name} has no header of safetensors")
+            raise ValueError(f"{file.name} has no safetensors header")
         fields: dict[str, Any] = json.loads(opened.read(size))
     fields.pop("__metadata__", None)
     first = 8 + size
