@@ -276,7 +276,7 @@ def test_a_split_that_nobody_knows_is_named(tmp_path: Path, caplog: pytest.LogCa
     assert "has the pre-tokenizer" not in caplog.text
     with mock.patch.dict(ORIGINAL_SPLITS, {"viking": DIGITS}):
         as_directory(write(tmp_path / "other.gguf", source(), pre="viking"))
-    assert "has the pre-tokenizer by 'viking'" in caplog.text
+    assert "has the pre-tokenizer 'viking'" in caplog.text
 
 
 def test_a_conversion_is_a_plain_checkpoint(zebra: Zebra, tmp_path: Path) -> None:
