@@ -212,7 +212,7 @@ def test_learned_positions_are_not_read_beyond(tmp_path: Path) -> None:
     (learned,) = recipes_of(of(tmp_path, {"attention": "global", "position": "absolute"}))
     assert learned.evaluate is not None
     beyond = learned.model_copy(update={"evaluate": learned.evaluate.model_copy(update={"beyond": 128})})
-    with pytest.raises(ZebraError, match=r"64 learned positions, .* got 128 tokens"):
+    with pytest.raises(ZebraError, match="64 learned positions; got 128 tokens"):
         config_of(beyond)
 
 

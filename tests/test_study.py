@@ -192,7 +192,7 @@ def test_learned_positions_end_where_their_table_does(tmp_path: Path) -> None:
         lambda: retrieval.evaluate_retrieval(tmp_path, tasks=["passkey"], lengths=[65], beyond=True),
         lambda: zebra.generate(tmp_path, "a", max_new_tokens=64, on_text=pytest.fail),
     ):
-        with pytest.raises(ZebraError, match=r"64 learned positions, .* got 65 tokens"):
+        with pytest.raises(ZebraError, match="64 learned positions; got 65 tokens"):
             reads_too_much()
 
 

@@ -121,7 +121,7 @@ _FIELDS: dict[str, Callable[[PreTrainedConfig, Fields], Fields]] = {
 _NOTES = {
     "mlx": "Its config.json is only for mlx-lm: transformers would run every layer with full attention.",
     "vllm": "It is a stock checkpoint, for transformers too.",
-    "sglang": "Its config.json is only for SGLang: in others the window is one key smaller. By its source, not run.",
+    "sglang": "Its config.json is only for SGLang: elsewhere the window is a key smaller. By its source, not run.",
 }
 
 

@@ -71,7 +71,9 @@ def read_config(path: str | os.PathLike[str], *, routed: bool = True, **kwargs: 
     if routed:
         route_of(config)
     elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ZebraError(f"{path} is a {config.model_type}, for which transformers has no causal language model.")
+        raise ZebraError(
+            f"{path} is a {config.model_type}, for which transformers has no causal language model. Use another."
+        )
     if getattr(config, "layer_types", None) is not None and ignores_layer_types(config):
         remedy = "Remove layer_types from its config.json, then run `zebra convert`."
         if (exported := _zebra_json(directory / subfolder)).get("engine") == "mlx":
@@ -181,7 +183,7 @@ def _check_growth(tokenizer: PreTrainedTokenizerBase, path: str | os.PathLike[st
     longest = 0 if normalizer is None else max(len(normalizer.normalize_str(letter)) for letter in printable)
     if longest > _MOST_GROWTH:
         raise ZebraError(
-            f"a tokenizer may normalize one character to at most {_MOST_GROWTH}; that of {path} gives {longest:,}. "
+            f"a tokenizer must normalize one character to at most {_MOST_GROWTH}; that of {path} gives {longest:,}. "
             "Copy it from the source again."
         )
 

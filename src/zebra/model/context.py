@@ -46,6 +46,6 @@ def check_learned_positions(config: PreTrainedConfig, length: int) -> None:
     rows = config.max_position_embeddings if getattr(config, "position_embedding", None) == "absolute" else length
     if length > rows:
         raise ZebraError(
-            f"this model has {rows:,} learned positions, which is its longest text; got {length:,} tokens. Use fewer, "
-            "or a model with other positions."
+            f"a text must not be longer than this model's {rows:,} learned positions; got {length:,} tokens. Use fewer "
+            "tokens, or a model with other positions."
         )

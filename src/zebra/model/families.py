@@ -88,7 +88,7 @@ def with_stripes(config: PreTrainedConfig, stripes: Stripes) -> PreTrainedConfig
         target = target_class(**values)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ZebraError(
-            f"a field of this {config.model_type} is not valid for {route.target}, as which it runs with stripes: "
+            f"a field of this {config.model_type} is not valid in {route.target}, the class that runs it with stripes: "
             f"{' '.join(str(error).split())}. Fix its config.json."
         ) from None
     target.architectures = [model_class(target).__name__]

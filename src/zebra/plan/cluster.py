@@ -111,7 +111,7 @@ def predictions(run: Run, device: Device, devices: int) -> list[Prediction]:
     check_parallel(run)
     if device.memory is None or device.link is None:
         raise ZebraError(
-            f"a cluster requires memory and link of {device.name}; one is not known. Add both to its file, such as "
+            f"a cluster requires a device with memory and link; {device.name} lacks one. Add both to its file, such as "
             '"link": {"inside": 4.5e11, "across": 5e10, "node": 8}, or choose another device.'
         )
     ways = [_predict(run, device, device.link, device.memory, parallel) for parallel in _ways(run, devices)]

@@ -60,7 +60,7 @@ def compare(
         check_parallel(run, parallel)
         if budget is not None or seconds is not None:
             raise ZebraError(
-                "--memory and --seconds do not support --parallel, only one device. Leave out one of them."
+                "--memory and --seconds support only one device, not --parallel. Leave them out, or --parallel."
             )
     d = run.decoder
     recorded = ("length", "batch", "dtype", "phase", "checkpointing", "lora")
