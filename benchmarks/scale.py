@@ -64,7 +64,7 @@ def breaking(model: str) -> Iterator[tuple[str, ...]]:
             with_unit(alone, BYTES),
             with_unit(sharded, BYTES),
             *(f"{one.parallel.sequence}: {one.limit}" for one in (full, striped)),
-            *(with_unit(one.keys, TIME) for one in (full, striped)),
+            *(with_unit(one.key_seconds, TIME) for one in (full, striped)),
         )
 
 

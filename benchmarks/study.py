@@ -26,9 +26,9 @@ from zebra.progress import bar
 from zebra.results import Result, append_results, read_results, write_results
 from zebra.study.cells import recipes_of
 from zebra.study.recipe import StudyRecipe
-from zebra.train.measuring import common_columns
 from zebra.train.recipe import PretrainRecipe
 from zebra.train.recipe_file import read_recipe
+from zebra.train.run_results import common_columns
 from zebra.train.texts import read_texts
 from zebra_bench import study as bench
 from zebra_bench.published import stored_results

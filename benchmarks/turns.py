@@ -42,7 +42,7 @@ from turns_rounding import rounding
 from turns_subjects import ANSWER, Chat, in_process, llama_server, transformers_serve, zebra_serve
 from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer, read_config
-from zebra.model.context import longest_text
+from zebra.model.context import context_length
 from zebra.model.load import device_name
 from zebra.model.self_extend import resolve_self_extend
 from zebra.plan.cost import Run
@@ -89,7 +89,7 @@ class Subject:
 
 def subjects(checkpoint: Path, length: int, stripes: str, gguf: Path | None) -> dict[str, Subject]:
     """Those that can run here, by the names that choose them."""
-    needed, trained = length + ROOM, longest_text(read_config(str(checkpoint))) or sys.maxsize
+    needed, trained = length + ROOM, context_length(read_config(str(checkpoint))) or sys.maxsize
     extended = {"self_extend": f"auto:{max(needed, trained + 1)}"}
     beyond = needed > trained
     ways = {

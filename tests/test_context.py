@@ -15,7 +15,7 @@ import zebra
 from zebra import ZebraError
 from zebra.evaluate.target import EvalTarget
 from zebra.model.checkpoint import read_config
-from zebra.model.context import longest_text
+from zebra.model.context import context_length
 from zebra.model.rope import changes_with_length
 from zebra.model.self_extend import resolve_self_extend
 from zebra.plan.decoder import decoder_from_config
@@ -107,14 +107,14 @@ def test_how_far_a_model_reaches_is_read_from_all_fields(name: str) -> None:
     fields, reach = REACHES[name]
     fields = {"model_type": "llama", **SHAPE, **fields, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8}
     config = AutoConfig.for_model(**copy.deepcopy(fields))
-    assert longest_text(config) == reach
-    assert longest_text(type(config).from_dict(config.to_dict())) == reach
+    assert context_length(config) == reach
+    assert context_length(type(config).from_dict(config.to_dict())) == reach
     assert decoder_from_config(fields, name=name).trained_length == reach
     assert decoder_from_config(config.to_dict(), name=name).trained_length == reach
     if not changes_with_length(config):
         setting = SelfExtend.parse(f"auto:{4 * reach}", reach)
         assert resolve_self_extend(f"auto:{4 * reach}", config) == setting
-        assert longest_text(config, setting) == setting.reach(reach) >= 4 * reach
+        assert context_length(config, setting) == setting.reach(reach) >= 4 * reach
 
 
 def test_a_model_with_yarn_is_measured_as_far_as_it_reaches(stories: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -20,7 +20,7 @@ import zebra
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder, window_prefix, windows_of
 from zebra.errors import ZebraError
-from zebra.evaluate.intervals import bootstrap, students_t
+from zebra.evaluate.intervals import bootstrap_mean, students_t
 from zebra.evaluate.perplexity import Score, edges, evaluate_perplexity, perplexity, results_of, score_of
 from zebra.evaluate.windows import CONVENTIONS, scored_windows
 from zebra.model.checkpoint import load_tokenizer
@@ -310,7 +310,7 @@ def test_intervals_of_few_documents_hold_the_truth_in_95_of_100(n: int) -> None:
     drawn, held, trials = np.random.default_rng(n), 0, 400
     for seed in range(trials):
         counts = drawn.integers(8, 12, n)
-        estimate = bootstrap(drawn.normal(2.0, 0.5, n) * counts, counts, seed)
+        estimate = bootstrap_mean(drawn.normal(2.0, 0.5, n) * counts, counts, seed)
         assert estimate.low is not None
         assert estimate.high is not None
         held += estimate.low <= 2.0 <= estimate.high
@@ -320,7 +320,7 @@ def test_intervals_of_few_documents_hold_the_truth_in_95_of_100(n: int) -> None:
 def test_an_interval_of_many_documents_takes_memory_for_one_draw() -> None:
     counts = np.ones(2000)
     tracemalloc.start()
-    bootstrap(counts, counts, 0)
+    bootstrap_mean(counts, counts, 0)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 10 * counts.nbytes
@@ -328,7 +328,7 @@ def test_an_interval_of_many_documents_takes_memory_for_one_draw() -> None:
 
 def test_students_t_and_bounds() -> None:
     assert [round(students_t(freedom), 2) for freedom in (1, 10, 11, 20, 120)] == [12.71, 2.23, 2.20, 2.09, 1.98]
-    estimate = bootstrap(np.array([0.0, 1.0]), np.ones(2), 0, bounds=(0, 1))
+    estimate = bootstrap_mean(np.array([0.0, 1.0]), np.ones(2), 0, bounds=(0, 1))
     assert estimate == (0.5, 0.0, 1.0)
 
 

@@ -512,16 +512,16 @@ def test_the_seconds_of_a_step_by_hand() -> None:
     by_sizes = {one.parallel: one for count in (2, 8) for one in cluster.predictions(TRAINING, wired, count)}
     split, sharded = by_sizes[Parallel(sequence=2)], by_sizes[Parallel(shard=2)]
     exchanged = sum(count for part, count in split.received.items() if part.startswith("keys"))
-    assert split.keys == pytest.approx(exchanged / 0.8e9)
-    assert sharded.keys == 0
+    assert split.key_seconds == pytest.approx(exchanged / 0.8e9)
+    assert sharded.key_seconds == 0
     assert sharded.seconds == pytest.approx((sharded.received["weights"] + sharded.received["gradients"]) / 0.8e9)
     several = by_sizes[Parallel(data=4, shard=2)]  # copies in two nodes
     inside = several.received["weights"] + several.received["gradients"]
-    assert several.weights == pytest.approx(inside / 0.8e9 + several.received["gradients, copies"] / 0.8e8)
+    assert several.weight_seconds == pytest.approx(inside / 0.8e9 + several.received["gradients, copies"] / 0.8e8)
     slow = devices.Device("slow", {"bfloat16": 1e12, "float32": 1e12}, 1e40, 10**15, devices.MEASURED, link=link)
     (half,) = [one for one in cluster.predictions(TRAINING, slow, 2) if one.parallel == Parallel(sequence=2)]
     last = replace(TRAINING, length=32768, past=16384)
-    assert half.computing == pytest.approx(sum(cost.flops(last).values()) / 1e12)
+    assert half.compute_seconds == pytest.approx(sum(cost.flops(last).values()) / 1e12)
 
 
 def test_a_step_has_no_more_tokens_than_teach() -> None:

@@ -13,8 +13,8 @@ from zebra.errors import ZebraError
 from zebra.model.checkpoint import load_tokenizer, read_config
 from zebra.train.adapt import adapt
 from zebra.train.directory import inputs_of
-from zebra.train.measuring import source_results
 from zebra.train.recipe import AdaptRecipe
+from zebra.train.run_results import source_results
 from zebra.train.texts import TextTraining, read_texts
 
 SEPARATOR = "<|endoftext|>"

@@ -33,9 +33,9 @@ from zebra.stripes import GLOBAL, LOCAL
 from zebra.study.grid import step_of
 from zebra.study.summary import SummaryAttention, naive_summary_attention
 from zebra.train.dry_run import dry_run
-from zebra.train.measuring import local_attention_for
 from zebra.train.pretrain import config_of
 from zebra.train.recipe import PretrainRecipe, Training
+from zebra.train.run_results import local_attention_for
 from zebra.train.trainer import optimizer_of
 from zebra_bench.configs import RUN, BenchmarkConfig
 from zebra_bench.models import own_loss, planned_seconds

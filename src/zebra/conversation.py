@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from zebra.decoding import Decoding
 from zebra.errors import ZebraError, check_names
 from zebra.generation import Generated, encode_messages
-from zebra.model.context import longest_text
+from zebra.model.context import context_length
 from zebra.model.load_options import LoadOptions
 from zebra.model.prefix_cache import PrefixCache, shared_tokens
 from zebra.model.rope import check_fixed_rope
@@ -84,9 +84,9 @@ class Conversation:
         self._attempt = 0
 
     @property
-    def reach(self) -> int | None:
+    def context_length(self) -> int | None:
         """The model's context length in tokens, with Self-Extend; None if it is unlimited."""
-        return longest_text(self.model.config, self_extend_of(self.model))
+        return context_length(self.model.config, self_extend_of(self.model))
 
     @property
     def context_used(self) -> int:

@@ -32,7 +32,7 @@ from zebra.data.encoding import prompt_tokens
 from zebra.decoding import Decoding
 from zebra.errors import ZebraError
 from zebra.model.cache import StripedCache
-from zebra.model.context import check_learned_positions, longest_text, ways_beyond
+from zebra.model.context import check_learned_positions, context_length, ways_beyond
 from zebra.model.default_cache import LENGTH_REMINDER
 from zebra.model.finite import checking_logits
 from zebra.model.load_options import LoadOptions
@@ -307,7 +307,7 @@ def reason_of_end(tokens: list[int], text: str, decoding: Decoding, ends: list[i
 
 
 def _warn_beyond(config: PreTrainedConfig, setting: SelfExtend | None, rope: Rope, prompt: int, new: int) -> None:
-    longest = longest_text(config, setting)
+    longest = context_length(config, setting)
     if longest is None or prompt + new <= longest:
         return
     limit = "positions that this model was trained for"

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from zebra.decoding import Decoding
 from zebra.errors import ZebraError
 from zebra.generation import Generated, end_tokens, generate_with, reason_of_end
-from zebra.model.context import longest_text, ways_beyond
+from zebra.model.context import context_length, ways_beyond
 from zebra.model.local import local_attention_of
 from zebra.model.prefix_cache import CachedText, PrefixCache
 from zebra.model.rope import as_rope
@@ -73,7 +73,7 @@ def context_room(model: PreTrainedModel, tokens: int) -> int | None:
         ContextLengthError: the prompt fills the model's context, as extended by Self-Extend and the rope.
     """
     setting = self_extend_of(model)
-    reach = longest_text(model.config, setting)
+    reach = context_length(model.config, setting)
     if reach is None or tokens < reach:
         return None if reach is None else reach - tokens
     ways = ways_beyond(model.config, setting, as_rope(None))

@@ -165,7 +165,7 @@ class ChatSession:
         return " · ".join([*parts, ends[last.ended]] if last.ended in ends else parts)
 
     def _of_reach(self, tokens: int) -> str:
-        return f"{tokens:,}" + (f" of {self.chat.reach:,}" if self.chat.reach else "")
+        return f"{tokens:,}" + (f" of {self.chat.context_length:,}" if self.chat.context_length else "")
 
     def _note(self, text: str) -> None:
         console.print(Text(text, style="dim"), soft_wrap=True)

@@ -70,7 +70,7 @@ class ComparisonData:
     def __init__(self, settings: Settings):
         self._settings = settings
         target = EvalTarget(settings.checkpoint, purpose=None, **settings.loading)
-        self.tokenizer, self.config, self.trained = target.tokenizer, target.config, target.reach
+        self.tokenizer, self.config, self.trained = target.tokenizer, target.config, target.context_length
         documents: dict[str, Any] = {"separator": settings.separator, "field": settings.field}
         text = read_corpus(settings.text, Encoder.of(self.tokenizer), **documents)
         self.digest = hashlib.sha256(text.tokens.tobytes() + text.offsets.tobytes()).hexdigest()

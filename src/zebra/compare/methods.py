@@ -62,14 +62,14 @@ class Method:
         return cls(text, options)
 
     @property
-    def selects(self) -> bool:
+    def needs_selection(self) -> bool:
         """Whether its layout must be selected by measurement first."""
         return self.options.get("stripes") == SELECTED
 
     def arguments(self, selected: Stripes | None) -> dict[str, object]:
         """The fields of `LoadOptions`, without `checkpoint`; `selected` is the selected layout."""
         arguments: dict[str, object] = {name: value for name, value in self.options.items() if name != "checkpoint"}
-        if self.selects:
+        if self.needs_selection:
             arguments["stripes"] = selected
         if "window" in arguments:
             arguments["window"] = int(self.options["window"])

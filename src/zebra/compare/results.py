@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zebra.compare.measurements import COST, Measurement, Unit, hides_in_text
-from zebra.evaluate.intervals import bootstrap, wilson
+from zebra.evaluate.intervals import bootstrap_mean, wilson
 from zebra.results import Result
 
 MethodUnits = Mapping[Unit, Measurement]
@@ -100,8 +100,8 @@ def _perplexities(
     sums, counts = own
     for i, (start, end) in enumerate(spans):
         best = min((losses[0][:, i] for losses in every if losses is not None), key=lambda of_method: of_method.sum())
-        above = bootstrap(sums[:, i] - best, counts[:, i], columns["seed"])
-        loss = bootstrap(sums[:, i], counts[:, i], columns["seed"], bounds=(0, math.inf))
+        above = bootstrap_mean(sums[:, i] - best, counts[:, i], columns["seed"])
+        loss = bootstrap_mean(sums[:, i], counts[:, i], columns["seed"], bounds=(0, math.inf))
         value, low, high = (None if nats is None else float(np.exp(nats)) for nats in loss)
         where = columns | {"position_from": start, "position_to": end, "n": int(counts[:, i].sum())}
         yield Result(task=task, metric="perplexity", value=value or 0.0, low=low, high=high, **where)

@@ -96,7 +96,7 @@ def compare(
         options["tasks"] = names_of(options["tasks"])
     end = time.monotonic() + 60 * budget_minutes
     loading = {name: options[name] for name in LOADING if name in options}
-    trained = EvalTarget(checkpoint, purpose=None, **loading).reach
+    trained = EvalTarget(checkpoint, purpose=None, **loading).context_length
     layout = Stripes.parse(stripes) if stripes else Stripes.grouped(stride=2, window=max(1, (trained or length) // 8))
     chosen = choose_methods(standard_methods(trained, length, str(layout)), methods)
     settings = Settings(
@@ -131,7 +131,7 @@ class _Comparison:
         self.failures: dict[tuple[str, str], str] = {}
         self._ceilings: Device | None = None
         self._out = out
-        self._selected = self._select() if any(method.selects for method in settings.methods) else None
+        self._selected = self._select() if any(method.needs_selection for method in settings.methods) else None
         by_key = {self.key(method): method for method in reversed(settings.methods)}  # the first of equal methods
         self.methods = [method for method in settings.methods if by_key[self.key(method)] is method]
 

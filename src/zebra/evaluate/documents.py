@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from zebra.data.documents import Names, names_of
 from zebra.data.qa import DOCUMENT_NOT_NEEDED, EVIDENCE_CUT, FAULTS, QAExample, evidence_cut, faults, read_examples
 from zebra.errors import ZebraError
-from zebra.evaluate.intervals import bootstrap
+from zebra.evaluate.intervals import bootstrap_mean
 from zebra.evaluate.overlap import Overlap
 from zebra.evaluate.prompts import TEMPLATE, WITHOUT_DOCUMENT, Prompt, Prompts
 from zebra.evaluate.scoring import Ids, check_score, greedy_answers, log_likelihoods
@@ -115,7 +115,7 @@ def evaluate_documents(
     prompts = Prompts(target.tokenizer, template, chat=chat)
     if lengths:
         target.check_length(max(lengths), beyond)
-    spans: list[int | None] = [*sorted(set(lengths))] or [None if beyond else target.reach]
+    spans: list[int | None] = [*sorted(set(lengths))] or [None if beyond else target.context_length]
     by_length: dict[int, list[Outcome]] = {}
     with bar("data", len(spans) * len(examples), "items") as advance:
         for span in spans:
@@ -227,6 +227,6 @@ def _means(outcomes: Sequence[Outcome], columns: dict[str, Any]) -> list[Result]
     for metric in outcomes[0].scores:
         sums = np.bincount(group, [one.scores[metric] for one in outcomes])
         bounds = (-math.inf, 0) if metric.startswith("log_likelihood") else (0, 1)
-        mean = bootstrap(sums, counts, columns["seed"], bounds=bounds)
+        mean = bootstrap_mean(sums, counts, columns["seed"], bounds=bounds)
         results.append(Result(metric=metric, n=len(outcomes), **mean._asdict(), **columns))
     return results

@@ -78,7 +78,7 @@ def evaluate_tasks(
 
     Raises:
         ZebraError: as `EvalTarget`; lm-eval is not installed; an unknown task, missing data or packages of a task;
-            requests beyond the model's reach without `cut` or `beyond`.
+            requests beyond the model's context length without `cut` or `beyond`.
     """
     _check(cut, beyond, batch_size, limit, shots)
     target = EvalTarget(checkpoint, **loading)
@@ -254,25 +254,25 @@ def _max_length(
     """The most tokens that the harness may give to the model in one sequence.
 
     Raises:
-        ZebraError: requests beyond the model's reach, without `cut` or `beyond`.
+        ZebraError: requests beyond the model's context length, without `cut` or `beyond`.
     """
     every = [(name, its) for of_length in sizes.values() for name, its in of_length.items()]
-    reach, most = target.reach, max(max(its) for _, its in every)
-    if reach is None or most <= reach:
-        return reach or most or None
+    limit, most = target.context_length, max(max(its) for _, its in every)
+    if limit is None or most <= limit:
+        return limit or most or None
     if beyond:
         target.check_length(most, beyond)
         return most
-    too_long = [(name, sum(size > reach for size in its), len(its)) for name, its in every]
+    too_long = [(name, sum(size > limit for size in its), len(its)) for name, its in every]
     counts = ", ".join(f"{count:,} of {total:,} of {name}" for name, count, total in too_long if count)
-    passes = f"requests of up to {most:,} tokens, answer included, exceed the {reach:,} positions that this model reads"
+    passes = f"requests of up to {most:,} tokens, answer included, exceed the {limit:,} positions that this model reads"
     if not cut:
         raise ZebraError(
             f"{passes}: {counts}. Use fewer shots, {target.ways_beyond()}; or truncate them on the left (--cut), or "
             "run them anyway (--beyond)."
         )
     warnings.warn(f"{passes}, and are truncated on the left: {counts}.", stacklevel=3)
-    return reach
+    return limit
 
 
 # Results

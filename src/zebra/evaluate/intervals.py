@@ -46,7 +46,7 @@ def students_t(freedom: int) -> float:
     return _Z + (_Z**3 + _Z) / (4 * freedom) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
 
 
-def bootstrap(
+def bootstrap_mean(
     sums: NDArray[Any], counts: NDArray[Any], seed: int, *, bounds: tuple[float, float] = (-math.inf, math.inf)
 ) -> Estimate:
     """A mean, sum of `sums` (n,) / sum of `counts` (n,), with its bootstrap interval over n independent documents.

@@ -31,7 +31,7 @@ from zebra.data.documents import Names
 from zebra.data.encoding import Encoder, window_prefix
 from zebra.errors import ZebraError
 from zebra.evaluate.batches import batches
-from zebra.evaluate.intervals import bootstrap
+from zebra.evaluate.intervals import bootstrap_mean
 from zebra.evaluate.target import EvalTarget
 from zebra.evaluate.windows import ScoredWindow, scored_windows
 from zebra.model.context import check_learned_positions
@@ -174,7 +174,7 @@ def bucket_scores(
 def score_of(start: int, end: int, sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> Score:
     """The perplexity of a bucket from the sums of losses and the numbers of scored tokens, both (documents,)."""
     scored = counts > 0
-    loss = bootstrap(sums[scored], counts[scored], seed, bounds=(0, math.inf))
+    loss = bootstrap_mean(sums[scored], counts[scored], seed, bounds=(0, math.inf))
     low, high = (None if nats is None else float(np.exp(nats)) for nats in (loss.low, loss.high))
     return Score(start, end, float(np.exp(loss.value)), low, high, int(counts.sum()), int(scored.sum()))
 

@@ -36,7 +36,7 @@ from zebra.evaluate.calibration import (
     task_sequences,
     text_sequences,
 )
-from zebra.evaluate.intervals import bootstrap
+from zebra.evaluate.intervals import bootstrap_mean
 from zebra.evaluate.losses import Losses, selection_folder
 from zebra.evaluate.perplexity import evaluating
 from zebra.evaluate.search import SearchCost, global_layers, greedy, once, strides
@@ -276,7 +276,7 @@ def _results(
     """
 
     def result(kind: str, kinds: str, metric: str, sums: Any, **more: Any) -> Result:
-        mean = bootstrap(sums, counts, columns["seed"])
+        mean = bootstrap_mean(sums, counts, columns["seed"])
         layout = FULL if "L" not in kinds else str(_stripes(kinds, local))
         values = columns | mean._asdict() | {"layout": layout, "n": int(counts.sum())} | more
         return Result(task=f"selection-{kind}-{data}", metric=metric, **values)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError
-from zebra.model.context import check_learned_positions, longest_text, ways_beyond
+from zebra.model.context import check_learned_positions, context_length, ways_beyond
 from zebra.model.families import layout
 from zebra.model.load import device_name
 from zebra.model.load_options import LoadOptions, loaded_layout_name
@@ -27,7 +27,7 @@ class EvalTarget:
         config: the config, with the RoPE of the options.
         self_extend: the setting of Self-Extend, or None.
         tokenizer: the checkpoint's tokenizer.
-        reach: the longest text that the model is made for; None if unknown, as with another base of the RoPE.
+        context_length: the longest text that the model is made for; None if unknown, as with another base of the RoPE.
 
     Raises:
         ZebraError: options that do not fit the checkpoint; with a purpose, a RoPE that changes with length.
@@ -43,18 +43,18 @@ class EvalTarget:
         self.self_extend = self._options.self_extend_setting(self.config)
         self.tokenizer = self._options.tokenizer(checkpoint, self.config)
         other_base = as_rope(self._options.rope).kind == "base"
-        self.reach = None if other_base else longest_text(self.config, self.self_extend)
+        self.context_length = None if other_base else context_length(self.config, self.self_extend)
 
     def check_length(self, length: int, beyond: bool | None = None) -> None:
-        """Reject a length beyond `reach`, or warn of it if `beyond`; None rejects without naming that option.
+        """Reject a length beyond `context_length`, or warn of it if `beyond`; None rejects without naming that option.
 
         Raises:
-            ZebraError: a length beyond `reach` without `beyond`; one beyond learned positions.
+            ZebraError: a length beyond `context_length` without `beyond`; one beyond learned positions.
         """
         check_learned_positions(self.config, length)
-        if self.reach is None or length <= self.reach:
+        if self.context_length is None or length <= self.context_length:
             return
-        passes = f"a length of {length:,} tokens exceeds the {self.reach:,} positions that this model "
+        passes = f"a length of {length:,} tokens exceeds the {self.context_length:,} positions that this model "
         passes += f"reaches with Self-Extend {self.self_extend}" if self.self_extend else "was trained for"
         if not beyond:
             remedy = "" if beyond is None else "; or measure beyond them anyway (--beyond)"
@@ -62,7 +62,7 @@ class EvalTarget:
         warnings.warn(f"{passes}: results beyond them show how it fails.", stacklevel=3)
 
     def ways_beyond(self) -> str:
-        """Ways to read texts beyond `reach`, as text for a message."""
+        """Ways to read texts beyond `context_length`, as text for a message."""
         return ways_beyond(self.config, self.self_extend, as_rope(self._options.rope))
 
     def load(self) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from zebra.model.rope import Rope, changes_with_length
 from zebra.positions import SelfExtend, reach_of
 
 
-def longest_text(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | None:
+def context_length(config: PreTrainedConfig, setting: SelfExtend | None = None) -> int | None:
     """The longest text that a model was made for, with its rope, or reads under Self-Extend; None without a limit."""
     text = config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)

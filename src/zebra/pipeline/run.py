@@ -41,11 +41,11 @@ from zebra.stripes import Stripes
 from zebra.train.chat import Chat
 from zebra.train.directory import digests_of_files, flatten
 from zebra.train.dry_run import dry_run
-from zebra.train.measuring import local_attention_for
 from zebra.train.pretrain import config_of
 from zebra.train.processes import check_processes
 from zebra.train.recipe import CheckpointRecipe, RecipeSection
 from zebra.train.recipe_file import check_files, checked
+from zebra.train.run_results import local_attention_for
 from zebra.train.source import adapted_config, read_source
 from zebra.train.trainer import check_machine
 from zebra.train.tune_recipe import TuneRecipe

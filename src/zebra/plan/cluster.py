@@ -45,8 +45,8 @@ class Prediction:
 
     Attributes:
         memory, received: bytes by part, on the device that has the most.
-        computing: seconds of compute in a step.
-        weights, keys: seconds that the transfers take: of weights and gradients, and of keys and values.
+        compute_seconds: of a step.
+        weight_seconds, key_seconds: of the transfers of a step: weights and gradients, keys and values.
         tokens: tokens of a step, in all sequences.
         peak_share: FLOPs of the step, recomputation included, over those that the devices' peaks allow in its time.
         fits: whether the memory is at most 90 % (`ALLOCATOR`) of the device's.
@@ -55,9 +55,9 @@ class Prediction:
     parallel: Parallel
     memory: dict[str, int]
     received: dict[str, int]
-    computing: float
-    weights: float
-    keys: float
+    compute_seconds: float
+    weight_seconds: float
+    key_seconds: float
     tokens: int
     peak_share: float
     fits: bool
@@ -65,7 +65,7 @@ class Prediction:
     @property
     def seconds(self) -> float:
         """Seconds of a step."""
-        return max(self.computing, self.weights) + self.keys
+        return max(self.compute_seconds, self.weight_seconds) + self.key_seconds
 
     @property
     def tokens_per_second(self) -> float:
@@ -77,7 +77,11 @@ class Prediction:
         """What takes most of the step's time; where it does not fit, what takes most of the memory."""
         if not self.fits:
             return f"memory: {max(self.memory, key=lambda part: self.memory[part])}"
-        parts = {"computing": self.computing, "weights and gradients": self.weights, "keys and values": self.keys}
+        parts = {
+            "computing": self.compute_seconds,
+            "weights and gradients": self.weight_seconds,
+            "keys and values": self.key_seconds,
+        }
         return max(parts, key=lambda part: parts[part])
 
 
@@ -149,9 +153,9 @@ def _predict(run: Run, device: Device, link: Link, memory: int, parallel: Parall
         parallel=parallel,
         memory=needed,
         received=received,
-        computing=sum(device.seconds(busiest(run, parallel.sequence)).values()) / reached,
-        weights=weights / WIRE,
-        keys=keys / link.exchange(parallel.sequence) / WIRE,
+        compute_seconds=sum(device.seconds(busiest(run, parallel.sequence)).values()) / reached,
+        weight_seconds=weights / WIRE,
+        key_seconds=keys / link.exchange(parallel.sequence) / WIRE,
         tokens=run.batch * run.length * sequences,
         peak_share=0.0,
         fits=sum(needed.values()) <= ALLOCATOR * memory,

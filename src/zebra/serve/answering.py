@@ -11,7 +11,7 @@ from transformers.cli.serving.utils import ReasoningText, ToolCall, response_eve
 
 from zebra.model.prefix_cache import PrefixCache
 from zebra.serve.engine import Ticket
-from zebra.serve.events import Finish, Piece, Progress, ScoredToken
+from zebra.serve.events import Finish, Piece, Progress, TokenLogprob
 from zebra.serve.jobs import Job
 from zebra.serve.metrics import Metrics
 from zebra.serve.scores import scored_token
@@ -76,7 +76,7 @@ class _Pieces:
 
     def __init__(self, ticket: Ticket[Job], tokenizer: PreTrainedTokenizerBase) -> None:
         self._ticket, self._tokenizer, self._parser = ticket, tokenizer, ticket.job.parser
-        self._stops, self._scored = StopFilter(ticket.job.stop), list[ScoredToken]()
+        self._stops, self._scored = StopFilter(ticket.job.stop), list[TokenLogprob]()
         self._start = time.perf_counter()
         self._unread = ""  # text that the parser received but has not emitted yet
         self._writer: TextWriter | None = None

@@ -18,7 +18,7 @@ from transformers.cli.serving.response import _ResponseStreamBuilder, compute_us
 from transformers.cli.serving.utils import BaseHandler
 
 from zebra.serve.errors import ApiError
-from zebra.serve.events import Finish, Piece, ScoredToken
+from zebra.serve.events import Finish, Piece, TokenLogprob
 
 event = BaseHandler.chunk_to_sse
 """Format a JSON string or a pydantic model as one server-sent event."""
@@ -261,10 +261,10 @@ def _usage(finish: Finish) -> dict[str, Any]:
     }
 
 
-def _chat_logprobs(tokens: Iterable[ScoredToken]) -> dict[str, Any] | None:
+def _chat_logprobs(tokens: Iterable[TokenLogprob]) -> dict[str, Any] | None:
     content = [_scored(token) | {"top_logprobs": [_scored(one) for one in token.top]} for token in tokens]
     return {"content": content} if content else None
 
 
-def _scored(token: ScoredToken) -> dict[str, Any]:
+def _scored(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": token.logprob, "bytes": None if token.bytes is None else list(token.bytes)}

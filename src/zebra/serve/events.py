@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from transformers.cli.serving.utils import ToolCall
 
 
-class ScoredToken(NamedTuple):
+class TokenLogprob(NamedTuple):
     """A token of an answer with its log-probability.
 
     Attributes:
@@ -21,7 +21,7 @@ class ScoredToken(NamedTuple):
     text: str
     logprob: float
     bytes: bytes | None
-    top: tuple[ScoredToken, ...] = ()
+    top: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Piece:
     text: str = ""
     reasoning: str = ""
     tool: ToolCall | None = None
-    tokens: tuple[ScoredToken, ...] = ()
+    tokens: tuple[TokenLogprob, ...] = ()
     progress: Progress | None = None
 
 

@@ -16,7 +16,7 @@ from zebra.data.encoding import prompt_tokens
 from zebra.decoding import Decoding
 from zebra.errors import ZebraError, machine_fault
 from zebra.generation import encode_messages
-from zebra.model.context import longest_text
+from zebra.model.context import context_length
 from zebra.model.self_extend import self_extend_of
 from zebra.serve.errors import ApiError
 from zebra.serve.requests import ChatRequest, CompletionRequest, Message, ResponsesRequest, Sampling
@@ -69,7 +69,7 @@ class Prompts:
 
     def card(self) -> dict[str, Any]:
         """The model's entry in `/v1/models`: its layout, and its context length under vLLM's name `max_model_len`."""
-        reach = longest_text(self._model.config, self_extend_of(self._model))
+        reach = context_length(self._model.config, self_extend_of(self._model))
         return {"id": self.name, "layout": self._layout, "max_model_len": reach}
 
     def check_model(self, name: str | None) -> None:

@@ -14,18 +14,18 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from zebra.data.encoding import decode_after
-from zebra.serve.events import ScoredToken
+from zebra.serve.events import TokenLogprob
 
 _NO_CHARACTER = "\ufffd"
 
 
 def scored_token(
-    tokenizer: PreTrainedTokenizerBase, token: int, logprob: float, top: tuple[ScoredToken, ...] = ()
-) -> ScoredToken:
-    """Build a `ScoredToken`: look up the token's text and bytes."""
+    tokenizer: PreTrainedTokenizerBase, token: int, logprob: float, top: tuple[TokenLogprob, ...] = ()
+) -> TokenLogprob:
+    """Build a `TokenLogprob`: look up the token's text and bytes."""
     text = _text_within(tokenizer, token)
     bare = text.encode() if _NO_CHARACTER not in text else _stored_bytes(str(tokenizer.convert_ids_to_tokens(token)))
-    return ScoredToken(text, logprob, bare, top)
+    return TokenLogprob(text, logprob, bare, top)
 
 
 def _text_within(tokenizer: PreTrainedTokenizerBase, token: int) -> str:

@@ -15,10 +15,10 @@ from zebra.model.families import attention_pairs, layer_kinds, model_class
 from zebra.model.local import layout_name
 from zebra.plan.shapes import shape
 from zebra.stripes import GLOBAL, LOCAL, visible_pairs
-from zebra.train.measuring import local_attention_for
 from zebra.train.pretrain import config_of
 from zebra.train.processes import data_groups, tokens_per_step
 from zebra.train.recipe import AdaptRecipe, PretrainRecipe
+from zebra.train.run_results import local_attention_for
 from zebra.train.source import adapted_config
 from zebra.train.step_memory import StepMemory, resolve_checkpointing, step_memory, weight_shards
 from zebra.train.tune_recipe import TuneRecipe

@@ -27,11 +27,11 @@ from zebra.model.local import LocalAttention, local_attention_of, set_local_atte
 from zebra.results import Result
 from zebra.stripes import GLOBAL, Stripes
 from zebra.train.directory import has_trained
-from zebra.train.measuring import local_attention_for
 from zebra.train.processes import is_first_process
 from zebra.train.recipe import NewTokenizer, PretrainRecipe
 from zebra.train.recipe_file import as_recipe
 from zebra.train.run import Start, run_recipe
+from zebra.train.run_results import local_attention_for
 from zebra.train.texts import read_texts
 from zebra.train.tokenizer import tokenizer_texts, train_tokenizer
 from zebra.train.trainer import check_machine, trainable_config

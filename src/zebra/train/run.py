@@ -28,9 +28,9 @@ from zebra.model.local import layout_name, set_local_attention
 from zebra.progress import console
 from zebra.results import Result, read_results, write_results
 from zebra.train import directory
-from zebra.train.measuring import common_columns, cost_results, local_attention_for, trainer_state, training_results
 from zebra.train.processes import check_processes, is_first_process
 from zebra.train.recipe import Recipe
+from zebra.train.run_results import common_columns, cost_results, local_attention_for, trainer_state, training_results
 from zebra.train.saves import is_intact
 from zebra.train.step_memory import resolve_checkpointing
 from zebra.train.trainer import Evaluation, run_trainer

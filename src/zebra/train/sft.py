@@ -28,13 +28,13 @@ from zebra.data.corpus import Corpus
 from zebra.data.mixture import SelectedDocuments, SourceStats
 from zebra.data.packing import IGNORE, PackedSequences
 from zebra.evaluate.answers import answer_losses
-from zebra.evaluate.intervals import bootstrap
+from zebra.evaluate.intervals import bootstrap_mean
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.model.sequence_parallel import WHOLE
 from zebra.results import Result
-from zebra.train.measuring import source_results
 from zebra.train.parallel import ParallelTrainer, shard
 from zebra.train.run import TrainingData
+from zebra.train.run_results import source_results
 from zebra.train.trainer import check_loss, optimizer_of, training_arguments
 from zebra.train.tune_recipe import TuneRecipe
 
@@ -136,7 +136,7 @@ class ConversationTraining(TrainingData):
             sums, counts = answer_losses(model, conversations)
             _, document = np.unique(self.documents[name], return_inverse=True)
             by_document, tokens = (np.bincount(document, values) for values in (sums, counts))
-            loss = bootstrap(by_document, tokens, train.seed, bounds=(0, math.inf))
+            loss = bootstrap_mean(by_document, tokens, train.seed, bounds=(0, math.inf))
             of_suite = columns | {"length": train.length, "n": int(counts.sum())}
             results.append(Result(task=f"answers-{name}", metric="answer_loss", **loss._asdict(), **of_suite))
         return results

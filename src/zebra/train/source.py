@@ -22,7 +22,7 @@ from zebra.model.checkpoint import (
     write_config,
     write_zebra_json,
 )
-from zebra.model.context import longest_text
+from zebra.model.context import context_length
 from zebra.model.families import model_class, with_stripes
 from zebra.model.gguf import as_directory
 from zebra.model.load import load, write_converted
@@ -33,9 +33,9 @@ from zebra.model.verify import TOLERANCE
 from zebra.model.weights import check_weights, copy_other_files, stored_dtype
 from zebra.stripes import Stripes
 from zebra.train import lora
-from zebra.train.measuring import local_attention_for
 from zebra.train.recipe import CheckpointRecipe
 from zebra.train.run import Start
+from zebra.train.run_results import local_attention_for
 from zebra.train.trainer import check_machine, trainable_config
 
 
@@ -73,7 +73,7 @@ def adapted_config(recipe: CheckpointRecipe, config: PreTrainedConfig) -> PreTra
     rope, trained = as_rope(recipe.rope), config.max_position_embeddings
     config = with_explicit_yarn_factor(rope.apply(config))
     check_fixed_rope(config, "training")
-    reach, length = longest_text(config) or 0, recipe.train.length
+    reach, length = context_length(config) or 0, recipe.train.length
     if rope.kind not in ("none", "base") and reach < length:
         raise ZebraError(
             f"the rope {rope} extends the model's {trained:,} positions to {reach:,}, but train.length is {length:,}. "

@@ -30,10 +30,10 @@ from zebra.plan.parallel import Parallel, split_memory
 from zebra.shards import Shards
 from zebra.stripes import GLOBAL, LOCAL, Stripes
 from zebra.train import lora
-from zebra.train.measuring import local_attention_for
 from zebra.train.muon import split
 from zebra.train.processes import local_processes
 from zebra.train.recipe import CheckpointRecipe, Lora, Recipe
+from zebra.train.run_results import local_attention_for
 
 _Recipe = TypeVar("_Recipe", bound=Recipe)
 

@@ -34,11 +34,11 @@ from zebra.evaluate.recall import recall_by_distance
 from zebra.model.loss import head_of, summed_loss, without_logits
 from zebra.progress import console
 from zebra.results import Result
-from zebra.train.measuring import source_results
 from zebra.train.parallel import ParallelTrainer, shard
 from zebra.train.processes import check_step, is_first_process, sequences_of_training
 from zebra.train.recipe import PerplexityEvaluation, RecallSource, TextMixtureSource, TextRecipe, TextSource
 from zebra.train.run import TrainingData
+from zebra.train.run_results import source_results
 from zebra.train.trainer import check_loss, optimizer_of, training_arguments
 
 

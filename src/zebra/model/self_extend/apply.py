@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.errors import ZebraError, first_line
 from zebra.model.cache import StripedCache
-from zebra.model.context import longest_text
+from zebra.model.context import context_length
 from zebra.model.local import LocalAttention, local_attention_of
 from zebra.model.override import names_of_other_overrides, overrides_of, set_override
 from zebra.model.rope import changes_with_length
@@ -29,7 +29,7 @@ def resolve_self_extend(self_extend: SelfExtend | str, config: PreTrainedConfig)
             length; a window at or beyond the trained length.
     """
     text = config.get_text_config()
-    trained = longest_text(config)
+    trained = context_length(config)
     if not trained:
         raise ZebraError(
             f"Self-Extend requires the length that a model was trained at; the config of this {text.model_type} has "
@@ -50,7 +50,7 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
         ZebraError: no global layer with a rope, a model that cannot run with zebra's cache, layers with other
             overrides; as `attention_layers`.
     """
-    trained = longest_text(model.config)
+    trained = context_length(model.config)
     assert trained is not None  # `resolve_self_extend` checked it
     if others := names_of_other_overrides(model, LocalAttention, SelfExtendAttention):
         raise ZebraError(

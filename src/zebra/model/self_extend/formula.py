@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from zebra import masks
 from zebra.kernels import Mask
-from zebra.model.context import longest_text
+from zebra.model.context import context_length
 from zebra.model.override import overriding_attention
 from zebra.model.self_extend.probe import AttentionLayer, attention_layers
 from zebra.positions import SelfExtend, grouped_key, grouped_query, relative
@@ -106,7 +106,7 @@ class FormulaAttention:
 @contextmanager
 def formula_logits(model: PreTrainedModel, setting: SelfExtend | None) -> Iterator[Callable[..., Tensor]]:
     """Yield a function from tokens (B, N) to logits (B, N, V), with every layer computed by the formula."""
-    trained = longest_text(model.config) or 0
+    trained = context_length(model.config) or 0
     with ExitStack() as stack:
         for layer in attention_layers(model, local=True):
             stack.enter_context(overriding_attention([layer.module], FormulaAttention(layer, setting, trained)))

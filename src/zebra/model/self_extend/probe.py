@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from zebra.errors import ZebraError, first_line
 from zebra.kernels import Mask, attend
-from zebra.model.context import longest_text
+from zebra.model.context import context_length
 from zebra.model.local import local_attention_of
 from zebra.model.override import overriding_attention
 from zebra.model.self_extend.layer import NO_POSITION_IDS, rotate, rotation_between
@@ -57,7 +57,7 @@ def attention_layers(model: PreTrainedModel, *, local: bool = False) -> list[Att
     }
     text, family = model.config.get_text_config(), model.config.model_type
     check_rotatable_rope(family, "default" if ropes else None)
-    probe, trained = ProbeAttention(model, ropes, local), longest_text(model.config) or 0
+    probe, trained = ProbeAttention(model, ropes, local), context_length(model.config) or 0
     positions = torch.tensor([0, 1, 17, trained - 1, 3 * trained + 5], device=model.device)[:, None]
     with overriding_attention(model.modules(), probe), torch.no_grad():
         try:
