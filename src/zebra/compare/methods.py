@@ -10,6 +10,7 @@ stripes+self-extend, selected+self-extend
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -48,8 +49,7 @@ class Method:
         if not pairs or not all(name in _OPTIONS and value for name, _, value in pairs) or len(options) < len(pairs):
             raise ZebraError(
                 f"a method must be OPTION=VALUE pairs, separated by spaces, each of {', '.join(_OPTIONS)} once; got "
-                f"{text!r}. "
-                'Use for example "rope=yarn:4 stripes=GLLL:1024".'
+                f'{text!r}. Use for example "rope=yarn:4 stripes=GLLL:1024".'
             )
         if "stripes" in options and options["stripes"] != SELECTED:
             Stripes.parse(options["stripes"])
@@ -57,8 +57,10 @@ class Method:
             Rope.parse(options["rope"])
         if not options.get("self_extend", "auto:").startswith("auto:"):
             SelfExtend.parse(options["self_extend"])
-        if not options.get("window", "1").isdecimal() or options.get("full_decode", "true") != "true":
-            raise ZebraError(f"window must be an integer, and full_decode must be true; got {text!r}. Fix it.")
+        if not re.fullmatch(r"0*[1-9][0-9]*", options.get("window", "1")):
+            raise ZebraError(f"window must be an integer of at least 1; got {text!r}. Fix it.")
+        if options.get("full_decode", "true") != "true":
+            raise ZebraError(f"full_decode must be true; got {text!r}. Fix it, or leave it out.")
         return cls(text, options)
 
     @property

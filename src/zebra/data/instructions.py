@@ -106,7 +106,8 @@ def make_instructions(
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ZebraError(f"the kinds must be among {', '.join(KINDS)}; got {', '.join(unknown)}. Choose from these.")
     if not depths or not all(0 <= depth <= 1 for depth in depths):
-        raise ZebraError(f"depths must be from 0 to 1; got {', '.join(map(str, depths))}. Write for example 0,0.5,1.")
+        got = ", ".join(map(str, depths)) or "none"
+        raise ZebraError(f"depths must be from 0 to 1; got {got}. Write for example 0,0.5,1.")
     if words is not None and words < 1:
         raise ZebraError(f"words must be at least 1; got {words}. Raise it or leave it out.")
     rng, turns, sizes = Random(seed), itertools.cycle(depths), [len(one.text.split()) for one in documents]

@@ -136,7 +136,7 @@ def read_pipeline(
 def _stage(where: str, pipeline: Pipeline, name: str, section: dict[str, Any], before: dict[str, Stage]) -> Stage:
     kind, folder = str(section.pop("kind", name)), Path(pipeline.run) / name
     if not re.fullmatch(r"[A-Za-z][\w-]*", name) or name == "model":
-        raise ZebraError(f"{where}: a stage's name must be letters, digits, _ and -, and not model. Rename it.")
+        raise ZebraError(f"{where}: a stage's name is a letter, then letters, digits, _ and -; not model. Rename it.")
     if kind not in KINDS:
         remedy = did_you_mean(kind, KINDS, f"set kind to one of {', '.join(KINDS)}.")
         raise ZebraError(f"{where}: unknown stage kind {kind}; {remedy}")
