@@ -177,7 +177,9 @@ def test_methods_that_extend_are_for_lengths_beyond_the_trained_one() -> None:
         choose_methods(standard_methods(512, 512, "GL:64"), ["yarn"])
 
 
-@pytest.mark.parametrize("text", ["", "rope", "rope=", "rope=yarn", "color=red", "rope=none rope=none", "window=x"])
+@pytest.mark.parametrize(
+    "text", ["", "rope", "rope=", "rope=yarn", "color=red", "rope=none rope=none", "window=x", "window=0"]
+)
 def test_a_method_of_another_form_is_rejected(text: str) -> None:
     with pytest.raises(ZebraError):
         Method.parse(text)
