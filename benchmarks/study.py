@@ -40,6 +40,7 @@ IMAGES = ROOT / "docs" / "images"
 EXTENDED = "self-extend.jsonl"
 """A run's results with Self-Extend, beside those of its cells."""
 TIMED = [
+    "recipe.evaluate=null",
     "recipe.train.length=16384",
     "recipe.train.per_device_train_batch_size=1",
     "cells=[{attention: [global, summary, local], position: rotary, length: [1024, 4096, 16384]}, "

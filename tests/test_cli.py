@@ -155,7 +155,7 @@ BAD = {
     "missing checkpoint": (["convert", "nowhere", "out", "--stripes", "GL:9"], ["no checkpoint at nowhere"]),
     "bad notation": (["convert", STORIES, "out", "--stripes", "GXL:9"], ["G (global) and L (local)"]),
     "no window": (["convert", STORIES, "out", "--stripes", "GLLL"], ["PATTERN:WINDOW"]),
-    "window of zero": (["convert", STORIES, "out", "--stripes", "GLLL:0"], ["at least 1", "got 0"]),
+    "window of zero": (["convert", STORIES, "out", "--stripes", "GLLL:0"], ["integer from 1 to", "got 0"]),
     "layer beyond": (["convert", STORIES, "out", "--stripes", "0,7:9"], ["layer 7", "5 layers"]),
     "same target": (["convert", STORIES, STORIES, "--stripes", "GL:9"], ["must be different directories"]),
     "verify dense": (["verify", STORIES, "--against", STORIES], ["no stripes"]),
@@ -211,7 +211,7 @@ BAD = {
     "a word for a switch": (["adapt", "recipe.yaml", "--set", "data.join=off please"], ["data.join", "valid boolean"]),
     "a NUL in a path": (["adapt", "recipe.yaml", "--set", 'run="a\\0b"'], ["NUL"]),
     "a key twice": (["adapt", "twice.yaml"], ["twice.yaml is not valid YAML", "duplicate key run"]),
-    "a huge window": (["convert", STORIES, "out", "--stripes", f"GL:{10**22}"], ["below 2^31"]),
+    "a huge window": (["convert", STORIES, "out", "--stripes", f"GL:{10**22}"], ["to 2^31 - 1"]),
     "a huge factor": (
         ["convert", STORIES, "out", "--stripes", "GL:9", "--rope", "yarn:1e300"],
         ["a rope must be none"],

@@ -160,7 +160,7 @@ def test_what_is_longer_than_the_model_reaches_is_refused_before_it_is_read(mode
                 call("word " * 600)
     assert (chat.messages, chat.documents, forwards) == (before, [], [])
     extended = Conversation(models("auto"), tokenizer=tokenizer, max_new_tokens=5)
-    assert extended.reach == zebra.SelfExtend.parse("auto:4096", 512).reach(512)
+    assert extended.context_length == zebra.SelfExtend.parse("auto:4096", 512).reach(512)
     checked(extended, extended.reply("word " * 600), 5)
 
 

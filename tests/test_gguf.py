@@ -386,7 +386,7 @@ FAULTS: dict[str, tuple[Callable[[bytes], bytes], tuple[str, ...]]] = {
     "another format": (lambda file: b"PK" + file, ("not a GGUF file", "Copy it again")),
     "another version": (lambda file: file[:4] + b"\x09" + file[5:], ("version 9",)),
     "a cut header": (lambda file: file[:5000], ("damaged", "Copy it again")),
-    "a cut tensor": (lambda file: file[:-300], ("truncated", "output.weight lies beyond", "Copy it again")),
+    "a cut tensor": (lambda file: file[:-300], ("truncated", "output.weight ends beyond", "Copy it again")),
     "many pairs": (lambda file: file[:16] + b"\xff" * 8 + file[24:], ("damaged",)),
     "a long string": (lambda file: file[:24] + b"\xff" * 8 + file[32:], ("damaged",)),
 }
@@ -414,7 +414,7 @@ REJECTED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "merges.gguf": ({"tokenizer.ggml.merges": [1, 2]}, ("tokenizer of", "cannot be read: AttributeError")),
     "rotated.gguf": ({"llama.rope.dimension_count": 8}, ("partial RoPE",)),
     "rope.gguf": ({"llama.rope.scaling.type": "longrope"}, ("rope type 'longrope'",)),
-    "biased.gguf": ({"llama.block_count": 4}, ("has 195,264 weights", "of its sizes 164,416")),
+    "biased.gguf": ({"llama.block_count": 4}, ("has 195,264 weights", "of its sizes has 164,416")),
 }
 
 

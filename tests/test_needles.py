@@ -324,7 +324,7 @@ def test_a_tokenizer_that_cannot_write_numbers_is_refused(monkeypatch: pytest.Mo
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "x": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     few = PreTrainedTokenizerFast(tokenizer_object=backend)
-    with pytest.raises(ZebraError, match=r"cannot write numbers such as '[0-9]{5}'"):
+    with pytest.raises(ZebraError, match=r"cannot encode numbers such as '[0-9]{5}'"):
         SampleGenerator(few).samples("passkey", length=100, depth=0)
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "12345": 1, "54321": 2, ".": 3, "x": 4}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

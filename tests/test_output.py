@@ -292,7 +292,7 @@ def test_too_little_memory_is_one_line_with_the_remedy() -> None:
     for error in errors:
         assert str(machine_fault(error)).startswith("out of memory"), error
         assert "Use a shorter length" in str(machine_fault(error))
-    assert "at 20.00 GiB more" in str(machine_fault(errors[0]))
+    assert "when allocating 20.00 GiB" in str(machine_fault(errors[0]))
 
 
 def test_a_full_disk_in_a_copy_of_a_folder_is_one_line() -> None:
@@ -311,7 +311,7 @@ def test_a_fault_of_the_machine_in_a_verb_is_one_line(zebra: Zebra, tmp_path: Pa
         return torch.empty(1 << 50)  # type: ignore[return-value]
 
     monkeypatch.setattr("zebra.generation.generate", fail)
-    refused(zebra("generate", STORIES, "--prompt", "Once"), "out of memory, at ", "--dtype bfloat16")
+    refused(zebra("generate", STORIES, "--prompt", "Once"), "out of memory when allocating ", "--dtype bfloat16")
 
 
 def test_a_logger_speaks_again_when_the_last_that_asked_for_quiet_is_done() -> None:

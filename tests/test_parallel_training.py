@@ -244,7 +244,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
         ({"sequence": 2}, 3, "sequence 2 requires a multiple of 2 processes; 3 were started"),
         ({"sequence": 2, "data": 3}, 4, "sequence 2 x parallel.data 3 requires 6 processes; 4 were started"),
         ({"shard": 2}, 1, "parallel.shard 2 requires a multiple of 2 processes; 1 was started"),
-        ({"shard": 4, "sequence": 2}, 12, "shard 4 x parallel.sequence 2 takes a multiple of 8 .*nproc-per-node 8"),
+        ({"shard": 4, "sequence": 2}, 12, "shard 4 x parallel.sequence 2 requires a multiple of 8 .*nproc-per-node 8"),
     ],
 )
 def test_processes_that_do_not_divide_are_rejected(
@@ -259,7 +259,7 @@ def test_processes_that_do_not_divide_are_rejected(
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_accelerate_does_not_shard_too(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(ZebraError, match=f"Leave --use_{engine.lower()} out"):
+    with pytest.raises(ZebraError, match=f"Remove --use_{engine.lower()} from"):
         adapt(adapt_recipe(tmp_path / "run"))
 
 

@@ -24,6 +24,7 @@ from zebra.evaluate.intervals import bootstrap_mean, students_t
 from zebra.evaluate.perplexity import Score, edges, evaluate_perplexity, perplexity, results_of, score_of
 from zebra.evaluate.windows import CONVENTIONS, scored_windows
 from zebra.model.checkpoint import load_tokenizer
+from zebra.model.load import device_name
 from zebra.model.self_extend import bounded_cache
 
 VOCABULARY = 41
@@ -414,7 +415,7 @@ def test_a_token_without_an_embedding_is_refused(model: Any) -> None:
     corpus.tokens[7] = VOCABULARY - 1
     perplexity(model, corpus, length=16)
     corpus.tokens[7] = VOCABULARY
-    with pytest.raises(ZebraError, match="the text has token 41, but the model has 41 embeddings"):
+    with pytest.raises(ZebraError, match="the text has token ID 41, but the model has 41 embeddings"):
         perplexity(model, corpus, length=16)
 
 
@@ -437,7 +438,7 @@ def test_rows_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [(row.length, row.position_from, row.position_to) for row in rows] == [(16, 0, 16), (40, 0, 40)]
     for row in rows:
         assert (row.run, row.model, row.layout, row.seed) == ("mine", str(STORIES), "full", 3)
-        assert row.device.startswith("cpu, ")
+        assert row.device == device_name("cpu")
         assert row.low is not None
         assert row.low <= row.value <= row.high
         assert 1 < row.value < 512

@@ -590,7 +590,7 @@ REFUSED = {
     "no time": (["llama-2-7b", "--seconds", 0], "positive number of seconds"),
     "a layer beyond": (["llama-2-7b", "--stripes", "40:9"], "layer 40"),
     "a window too long": (["llama-2-7b", "--self-extend", "8:4096"], "below the trained length"),
-    "a near target": (["llama-2-7b", "--self-extend", "auto:4096"], "beyond the trained length"),
+    "a near target": (["llama-2-7b", "--self-extend", "auto:4096"], "above the trained length"),
     "short reach": (["llama-2-7b", "--self-extend", "2:1024"], "to 7,168; got 16,384"),
     "no window": (["llama-2-7b", "--self-extend", "8"], "GROUP:WINDOW"),
     "trained": (["llama-2-7b", "--self-extend", "8:512", "--phase", "train"], "does not support the phase train"),

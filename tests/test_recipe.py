@@ -174,10 +174,10 @@ def test_held_out_documents_need_no_files(recipe: Any) -> None:
         (changed(data={"held_out": 1}), r"data\.held_out: .*less than 1 \(got 1\)"),
         (changed(data={"held_out": 0.0}), r"data\.held_out: .*greater than 0"),
         (changed(data={"num_proc": 0}), r"data\.num_proc: .*\(got 0\)"),
-        (changed(evaluate={"length": 4}), r"by evaluate\.files or by data\.held_out, .*; got neither"),
+        (changed(evaluate={"length": 4}), r"either evaluate\.files or data\.held_out; got neither"),
         (
             changed(data={"held_out": 0.1}, evaluate={"files": ["c"], "length": 4}),
-            r"by evaluate\.files or by data\.held_out, .*; got both",
+            r"either evaluate\.files or data\.held_out; got both",
         ),
         (
             changed(data={"held_out": 0.1}, evaluate={"separator": "--", "length": 4}),

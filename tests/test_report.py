@@ -286,7 +286,7 @@ def test_odd_values_of_a_selection_make_a_page(tmp_path: Path, value: float) -> 
 def test_numbers_that_no_column_can_have_are_refused_with_their_line(tmp_path: Path, column: str, value: int) -> None:
     line = json.loads(a_run()[0].json()) | {column: value}
     (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(ZebraError, match=f"line 1 is not a result: the column {column} holds"):
+    with pytest.raises(ZebraError, match=f"line 1 is not a result: the column {column} cannot be"):
         read_results(tmp_path / "results.jsonl")
 
 

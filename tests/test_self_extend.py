@@ -546,8 +546,8 @@ def test_models_that_cannot_have_self_extend_are_rejected(
     [
         ("dynamic:2", SETTING, "the rope type dynamic .* frequencies change"),
         (None, "3:512", "below the trained length"),
-        (None, "0:8", "at least 1"),
-        (None, "auto:100", "beyond the trained length"),
+        (None, "0:8", "integers from 1"),
+        (None, "auto:100", "above the trained length"),
         (None, "eight", "GROUP:WINDOW"),
     ],
 )

@@ -256,7 +256,7 @@ def test_what_the_host_cannot_compute_is_refused() -> None:
 def test_no_rope_is_changed_where_there_is_none(positions: str, tmp_path: Path) -> None:
     drawn("global", positions).float().save_pretrained(tmp_path)
     with pytest.raises(
-        ZebraError, match=f"the rope of this zebra_study cannot become yarn:4: its positions are {positions}"
+        ZebraError, match=f"the rope of this zebra_study cannot be changed to yarn:4: its positions are {positions}"
     ):
         load(tmp_path, rope="yarn:4")
 

@@ -96,7 +96,7 @@ def test_a_command_of_the_same_environment_comes_first(tmp_path: Path, monkeypat
 
 def test_what_cannot_be_run_is_refused(zebra: Zebra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(zebra("with", "--", "no-such-tool"), "no-such-tool", "PATH")
-    refused(zebra("with", "--", "nothing.py"), "nothing.py", "no file")
+    refused(zebra("with", "--", "nothing.py"), "nothing.py", "not a file")
     refused(zebra("with"), "command")
     broken = tmp_path / "broken"
     broken.write_bytes(b"\x00")
