@@ -22,6 +22,7 @@ from zebra.study.pictures import SHAPES, Curve, plot_by_position
 from zebra.study.results import POSITIONS, RECALL, TEXT, Study, StudyCell, short_layout, studies_in
 
 VERDICTS = {HOLDS: "holds", FAILS: "does not hold", UNTESTED: "open"}
+_VERBS = {HOLDS: ("holds", "hold"), FAILS: ("does not hold", "do not hold"), UNTESTED: ("is open", "are open")}
 _MEANS = (
     "Means over seeds are of losses, and behind ± stands the deviation of the losses times the mean. Pairs a token are "
     "those of queries and keys, summed over the layers, at 1,024 tokens."
@@ -44,9 +45,9 @@ def write_page(
     study, recall = studies[0], studies[0].on(RECALL)
     figures = [*_layouts(study), *_layouts(recall), *_positions(study, recall)]
     sections = [
-        Section("What was found", [*findings, *figures]),
+        Section("What was found", [NAMES, *findings, *figures]),
         Section("The paper's claims", _verdicts(study, recall)),
-        Section("The cells", [NAMES, _MEANS, _cells(study, recall)]),
+        Section("The cells", [_MEANS, _cells(study, recall)]),
         Section("What a training step costs", _costs(study)),
         Section("Limits", list(limits)),
         method(study.results),
@@ -54,7 +55,7 @@ def write_page(
     for figure in figures:
         atomic_write(images / f"{path.stem}-{figure.name}.svg", figure.standalone + "\n")
     origin = [Cell(f"Written from benchmarks/results/{path.stem}.jsonl by benchmarks/study.py.")]
-    summary, stem = [_summary(study, recall), origin], f"../{images.name}/{path.stem}"
+    summary, stem = [_summary(study, recall), _counted(study, recall), origin], f"../{images.name}/{path.stem}"
     atomic_write(path, page.markdown(stem, "The from-scratch study", summary, sections))
 
 
@@ -72,6 +73,21 @@ def _summary(study: Study, recall: Study) -> Line:
             line.append(Cell(f"{', ' if i else ''}{mean} {short_layout(cell.layout)}", results=[*scores.values()]))
         line.append(Cell("."))
     return line
+
+
+def _counted(study: Study, recall: Study) -> Line:
+    """The numbers of the claims by verdict, on text and on recall."""
+    sentences = []
+    for subject, checked in ((TEXT, claims(study)), (RECALL, claims(recall))):
+        of_verdict: dict[str, list[str]] = {verdict: [] for verdict in (HOLDS, FAILS, UNTESTED)}
+        for i, claim in enumerate(checked, start=1):
+            if subject == TEXT or not claim.of_text_alone:
+                of_verdict[claim.verdict].append(str(i))
+        parts = [
+            f"{', '.join(which)} {_VERBS[verdict][len(which) > 1]}" for verdict, which in of_verdict.items() if which
+        ]
+        sentences.append(f"Claims on {subject}: {'; '.join(parts)}.")
+    return [Cell(" ".join(sentences))]
 
 
 def _context(study: Study) -> int:
@@ -148,14 +164,15 @@ def _verdicts(study: Study, recall: Study) -> list[str | Table | Figure]:
         evidence = [cell for claim in (on_text, on_recall) for cell in (_verdict(claim), _evidence(claim))]
         body.append([Cell(f"{i}. {on_text.text}"), *evidence])
         rules.append(f"Claim {i} holds where {on_text.rule}.")
-    head = [Cell(name) for name in ("claim", "on text", "evidence", "on recall", "evidence")]
+    head = [Cell(name) for name in ("claim", "on text", "deciding comparison", "on recall", "deciding comparison")]
     paragraphs = [" ".join(rules[i : i + 3]) for i in range(0, len(rules), 3)]
     return [_NOTE, Table("", head, body, numeric=False), *paragraphs, *METHOD]
 
 
 _NOTE = (
-    "After an open verdict stands how many seeds of each cell, in all, would decide it if mean and deviation stayed as "
-    "they are. Self-Extend's group and window stand as 16:256."
+    "Beside each verdict is the comparison that decides it last, with the change of perplexity from the second to the "
+    "first: negative where the first is better. Open (n seeds): n seeds of each cell, in all, would decide it if mean "
+    "and deviation stayed as they are. Self-Extend's group and window stand as 16:256."
 )
 
 
@@ -163,7 +180,7 @@ def _verdict(claim: Claim) -> Cell:
     """The verdict; where a comparison leaves it open, the seeds of each cell that would decide that."""
     part = claim.deciding
     if part is None or (claim.verdict == UNTESTED and part.holds is not None):
-        return Cell("of text alone" if claim.of_text_alone else "not tested")
+        return Cell("not asked" if claim.of_text_alone else "not tested")
     of = ""
     if claim.verdict == UNTESTED and part.difference:
         of = f" ({'more than 30' if math.isinf(part.seeds) else part.seeds} seeds)"

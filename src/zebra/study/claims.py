@@ -38,8 +38,8 @@ METHOD = (
     "One cell beats another where the whole interval lies below 0, and does not where it lies above. It is as good "
     f"where the interval lies below {_SHARE}, and is not where it lies above. Where the interval decides neither, the "
     "claim is open; where a cell is missing, it is not tested. Neither counts as a result. The intervals cover other "
-    "seeds, not other texts, and are not corrected for their number: a true claim of k comparisons is rejected by "
-    "chance in at most 2.5 k of 100 studies.",
+    "seeds, not other texts, and are not corrected for their number: where a claim has k comparisons, chance "
+    "rejects it in up to 2.5 × k % of studies although it is true.",
 )
 """How to read the checklist, in paragraphs."""
 
@@ -118,7 +118,7 @@ def _rotary_extrapolates(claim: Claim, study: Study) -> bool | None:
         return None
     span = study.last(rotary, context)
     far, anew = study.scores(rotary, context, span), study.scores(absolute, absolute.length, study.far(absolute))
-    names = [(study.title(rotary), far), (f"{study.title(absolute)}, begun anew", anew)]
+    names = [(study.title(rotary), far), (f"{study.title(absolute)}, restarted", anew)]
     of_all = [losses(study.scores(cell, cell.length, study.far(cell))) for cell in study.runs]
     return claim.decide(names, BEATS, of_all, place(span, context))
 
@@ -161,7 +161,7 @@ def _alibi_is_near_sighted(claim: Claim, study: Study) -> bool | None:
     ]
     interval = f"{_nats(change.low)} to {_nats(change.high)}; {change.method}"
     results = results_of(*(study.scores(cell, cell.length, span) for cell in (alibi, rotary) for span in (near, far)))
-    where = f"{span_name(near)} to {place(far, rotary.length)}"
+    where = f"fall from {span_name(near)} to {place(far, rotary.length)}"
     claim.evidence.append(Evidence(names, where, f"{_nats(change.mean)} nats", interval, within(change, BEATS), results,
                                    difference=change, limit=BEATS))  # fmt: skip
     return _all(fine, within(change, BEATS))
@@ -189,7 +189,7 @@ def _length_matters_more(claim: Claim, study: Study) -> bool | None:
     if len(costs) < 2 or not all(map(math.isfinite, (*costs, *after))):
         return None
     least, variants = min(costs), max(after) - min(after)
-    names = [("the shorter length costs", change_text(least)), ("the worst variant costs", change_text(variants))]
+    names = [("cost of the shorter length", change_text(least)), ("cost of the worst variant", change_text(variants))]
     holds = True if least > variants else False if max(costs) <= variants else None
     change = f"{_nats(least - variants)} nats"
     claim.evidence.append(Evidence(names, place(span, context), change, "means", holds))
@@ -209,8 +209,8 @@ class _Rule(NamedTuple):
 _RULES = (
     _Rule(
         "Context beyond the local layers' reach helps in this data",
-        "at the last positions of the trained length global beats local, which sees no farther back than its layers "
-        "times its window: a check of the set-up, not of the paper",
+        "at the last positions of the trained length global beats local, which sees no farther back than its windows "
+        "reach, layer upon layer: a check of the set-up, not of the paper",
         _context_helps,
         in_paper=False,
     ),
@@ -239,7 +239,7 @@ _RULES = (
     _Rule(
         "Rotary positions extrapolate better than absolute ones",
         "on text beyond the trained length rotary beats absolute. Learned positions end there, so that the absolute "
-        "model begins anew: its score at the last positions of its own length stands for it",
+        "model is restarted: its score at the last positions of its own length stands for it",
         _rotary_extrapolates,
         of_text_alone=True,
     ),
