@@ -184,8 +184,6 @@ def _verdict(claim: Claim) -> Cell:
     of = ""
     if claim.verdict == UNTESTED and part.difference:
         of = f" ({'more than 30' if math.isinf(part.seeds) else part.seeds} seeds)"
-    elif part.interval == "means":
-        of = ", by means"
     return Cell(f"{VERDICTS[claim.verdict]}{of}", results=part.results)
 
 

@@ -273,7 +273,7 @@ def test_grouped_as_good_as_a_global_that_is_no_better_than_local_tells_nothing(
     assert judged(rows_of(moved(StudyCell(LOCAL, "rotary", 512), value=16.9)))[1] == "not tested here"
 
 
-def test_length_that_matters_to_one_variant_alone_is_no_verdict() -> None:
+def test_length_that_matters_to_one_variant_alone_does_not_hold() -> None:
     (study,) = studies_in(rows_of(whole()))
     short, long = (StudyCell(GROUPED, "rotary", length) for length in (512, 1024))
     for seed, rows in study.runs[short].items():
@@ -284,7 +284,7 @@ def test_length_that_matters_to_one_variant_alone_is_no_verdict() -> None:
             else row
             for row in rows
         ]
-    assert claims.claims(study)[7].verdict == "not tested here"
+    assert claims.claims(study)[7].verdict == "does not hold"
 
 
 def test_one_seed_is_held_against_the_noise_of_the_others() -> None:

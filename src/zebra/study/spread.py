@@ -113,7 +113,7 @@ def _noise(others: Iterable[Losses]) -> tuple[float, int]:
             sets[frozenset(cell)].append(cell)
     seeds, cells = max(sets.items(), key=lambda item: (len(item[0]) - 1) * (len(item[1]) - 1), default=((), []))
     freedom = (len(seeds) - 1) * (len(cells) - 1)
-    if freedom < 1:
+    if not cells or freedom < 1:
         return 0.0, 0
     of_cell = [statistics.mean(cell.values()) for cell in cells]
     of_seed = {seed: statistics.mean(cell[seed] for cell in cells) for seed in seeds}
