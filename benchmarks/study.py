@@ -99,8 +99,8 @@ LIMITS = [
     "Claim 6 compares rotary positions at four times their length, without Self-Extend, with learned ones "
     "restarted in theirs. In claim 7 ALiBi's loss falls more than rotary's, against the claim. Claim 8 is open "
     "because models without positions count as a variant.",
-    "Summary layers were timed on dense code of the study's own. With the C++ kernel that came later, a step takes 0.85, "
-    "0.78 and 0.41 of full attention's time at the three lengths, on another and busier machine (docs/log.md).",
+    "Summary layers were timed on dense code of the study's own. With the C++ kernel that came later, a step takes "
+    "0.85, 0.78 and 0.41 of full attention's time at the three lengths, on another and busier machine (docs/log.md).",
     "Two earlier grids of 0.23 million parameters decided nothing, for global attention had not learned to look "
     "back: benchmarks/results/study-tiny.jsonl and study-longer.jsonl.",
 ]

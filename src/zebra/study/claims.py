@@ -176,7 +176,8 @@ def _length_matters_more(claim: Claim, study: Study) -> bool | None:
     if not levels or not all(map(math.isfinite, levels.values())):
         return None
     worst, best = (end(levels, key=levels.__getitem__) for end in (max, min))
-    variants, holds = gain(after[worst], after[best]), []
+    variants = gain(after[worst], after[best])
+    holds: list[bool | None] = []
     for short, long in pairs.items():
         of_short, of_long = shared(study.scores(short, context, span), study.scores(long, context, span))
         cost = gain(of_short, of_long)
