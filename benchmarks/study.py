@@ -97,8 +97,8 @@ LIMITS = [
     "to 18.0 on text) are not counted. The intervals account for none of these looks, nor for seed 0 of full "
     "and local attention, which accepted the set-up and is evidence too.",
     "Claim 6 compares rotary positions at four times their length, without Self-Extend, with learned ones "
-    "restarted in theirs. In claim 7 ALiBi's loss falls more than rotary's, against the claim. Claim 8 is open "
-    "because models without positions count as a variant.",
+    "restarted in theirs. In claim 7 ALiBi's loss falls more than rotary's on average, against the claim. Claim 8 is "
+    "open because models without positions count as a variant.",
     "Summary layers were timed on dense code of the study's own. With the C++ kernel that came later, a step takes "
     "0.85, 0.78 and 0.41 of full attention's time at the three lengths, on another and busier machine (docs/log.md).",
     "Two earlier grids of 0.23 million parameters decided nothing, for global attention had not learned to look "
