@@ -100,10 +100,10 @@ LIMITS = [
     "and local attention, which accepted the set-up and is evidence too.",
     "Claim 6 compares rotary positions at four times their length, without Self-Extend, with learned ones "
     "restarted in theirs. In claim 7 ALiBi's loss falls more than rotary's on average, against the claim. Claim 8 is "
-    "open because models without positions count as a variant.",
+    "open because models without positions count as a variant; without these it holds.",
     "Summary layers were timed on dense code of the study's own. With the C++ kernel that came later, a step "
     "takes 0.85, 0.78 and 0.41 of full attention's time at the three lengths, on another and busier machine "
-    "(docs/log.md).",
+    "(benchmarks/results/study-costs.jsonl).",
     "Two earlier grids of 0.23 million parameters decided nothing, for global attention had not learned to look "
     "back: benchmarks/results/study-tiny.jsonl and study-longer.jsonl.",
 ]

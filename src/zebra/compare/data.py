@@ -71,8 +71,8 @@ class ComparisonData:
         self._settings = settings
         target = EvalTarget(settings.checkpoint, purpose=None, **settings.loading)
         self.tokenizer, self.config, self.trained = target.tokenizer, target.config, target.context_length
-        documents: dict[str, Any] = {"separator": settings.separator, "field": settings.field}
-        text = read_corpus(settings.text, Encoder.of(self.tokenizer), **documents)
+        encoder = Encoder.of(self.tokenizer)
+        text = read_corpus(settings.text, encoder, separator=settings.separator, field=settings.field)
         self.digest = hashlib.sha256(text.tokens.tobytes() + text.offsets.tobytes()).hexdigest()
         length = settings.length
         self.selection_length = min(_SELECTION_WINDOWS * settings.stripes.window, length, self.trained or length)
