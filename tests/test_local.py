@@ -31,6 +31,7 @@ from zebra.model.self_extend.formula import formula_logits
 from zebra.model.verify import verify
 from zebra.plan import cost, memory
 from zebra.plan.decoder import decoder_from_config
+from zebra.positions import relative, sink_query
 
 MakeCheckpoint = Callable[..., Path]
 WINDOW, SINKS = 9, 3
@@ -141,8 +142,37 @@ def test_with_self_extend_both_equal_the_formula(checkpoints: MakeCheckpoint) ->
         expected = formula(ids)
     assert off(logits(model, ids), expected) < 2e-5
     assert off(in_parts(model, ids, [50, 1, 1, 100, 48]), expected) < 2e-5
+    batch, arguments = left_padded((200, 90, 5))
+    for output in (logits(model, batch, **arguments), in_parts(model, batch, [80, 1, 1, 110, 8], **arguments)):
+        for row, length in enumerate((200, 90, 5)):
+            assert off(output[row, 200 - length :], logits(model, batch[row : row + 1, 200 - length :])[0]) < 2e-5
+    lengths = (120, 3, 77)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = logits(model, ids, position_ids=positions)
+    for part, document in zip(packed.split(lengths, 1), ids.split(lengths, 1), strict=True):
+        assert off(part, logits(model, document)) < 2e-5
     plain = zebra.load(checkpoints("llama"), stripes=f"GLLL:{WINDOW}", self_extend="3:7")
     assert off(logits(plain, ids), expected) > 1e-3
+    with naively(model):
+        at_their_own_distance = logits(model, ids)
+    assert off(at_their_own_distance, expected) > 1e-3
+    wide = zebra.load(checkpoints("llama"), stripes=LAYOUT, self_extend="3:20")
+    with naively(wide):
+        at_their_own_distance = logits(wide, ids)
+    assert off(logits(wide, ids[:, :20]), at_their_own_distance[:, :20]) < 2e-5
+
+
+@pytest.mark.parametrize("setting", [SelfExtend(3, 7), SelfExtend(8, 16), SelfExtend(1, 5), SelfExtend(4, 30)], ids=str)
+def test_under_self_extend_no_sink_is_farther_than_a_model_was_trained(setting: SelfExtend) -> None:
+    trained = 64
+    i = torch.arange(setting.reach(trained))
+    seen_from = sink_query(i, setting.group, setting.window)
+    near = i < setting.window
+    assert torch.equal(seen_from[near], i[near])
+    assert int(seen_from.max()) == trained - 1
+    assert bool((seen_from.diff() >= 0).all())
+    # The first token is as far as from a global layer.
+    assert torch.equal(seen_from[~near], relative(i, 0 * i, setting.group, setting.window)[~near])
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, f"GLLL:{WINDOW}"])

@@ -56,6 +56,12 @@ def grouped_key(j: Position, group: int) -> Position:
     return j // group
 
 
+def sink_query(i: Position, group: int, window: int) -> Position:
+    """The position at which a query sees the sinks of a local layer: its own, up to the grouped one at i = W."""
+    far = i >= window
+    return (1 - far * 1) * i + far * grouped_query(i, group, window)
+
+
 @dataclass(frozen=True)
 class SelfExtend:
     """The settings of Self-Extend: beyond a neighbour window, each group of `group` tokens shares one position.

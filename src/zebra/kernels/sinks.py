@@ -13,6 +13,7 @@ length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,6 +28,10 @@ from zebra.kernels.request import Mask
 
 NO_POSITION = 1 << 40
 """The position of a missing sink: after all queries."""
+
+
+MoveQuery = Callable[[Tensor, Tensor], Tensor]
+"""Given queries (B, H, T, D) and the number of tokens before each in its text (1 or B, T), returns moved queries."""
 
 
 class Sinks(NamedTuple):
@@ -45,6 +50,7 @@ def sink_attention(
     *,
     cached: Sinks | None = None,
     start: int = 0,
+    move_query: MoveQuery | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     with_lse: bool = False,
@@ -57,6 +63,7 @@ def sink_attention(
         k, v: (B, K, S, D), from the first token of the sequence on, unless `cached` has the sinks.
         cached: the sinks as one block, from a cache whose local layer has dropped their keys.
         start: the index in the sequence of the first key in `k`.
+        move_query: moves the queries to the positions from which they see sinks outside the window.
         arguments: further arguments of `attend`.
 
     Returns:
@@ -78,6 +85,9 @@ def sink_attention(
         sinks, visible = _gather_sinks(k, v, mask, position)
     else:
         sinks, visible = cached, position[:, None] - cached.positions[:, :, None] >= mask.window
+    if move_query is not None:
+        first = mask.first_tokens(k.shape[2], q.device)[:, -queries:] if cached is None else cached.positions[:, 0, :1]
+        q = move_query(q, position - first)
     with torch.autocast(q.device.type, enabled=False):
         other, other_lse = _over(q, sinks, visible, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     return merge(out, lse, other, other_lse, with_lse=with_lse)

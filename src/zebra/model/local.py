@@ -9,7 +9,7 @@ config.json has no field for either. Both are attention overrides, and a checkpo
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.kernels.merging import join
-from zebra.kernels.sinks import sink_attention
+from zebra.kernels.sinks import MoveQuery, sink_attention
 from zebra.model.families import layout, stripes_of
 from zebra.model.opaque_layers import SinkKeys
 from zebra.model.override import attention_modules, overrides_of, set_override
@@ -36,10 +36,12 @@ class LocalAttention:
         full_decode: whether decoded tokens see all tokens before them. The cache knows which tokens are decoded
             (`StripedCache.set_prompt_length`, which `generate` calls). If that was not set, a single new token after
             others counts as decoded.
+        move_query: under Self-Extend, moves queries to where they see sinks outside the window from.
     """
 
     sinks: int = 0
     full_decode: bool = False
+    move_query: MoveQuery | None = field(default=None, compare=False, repr=False)
 
     def __bool__(self) -> bool:
         return bool(self.sinks or self.full_decode)
@@ -80,16 +82,18 @@ class LocalAttention:
                 "with tokens in it. Remove cache_implementation, or pass "
                 "zebra.model.self_extend.bounded_cache(model)."
             )
-        with_sinks = replace(mask, sinks=self.sinks)
+        with_sinks, kwargs_of_sinks = replace(mask, sinks=self.sinks), kwargs | {"move_query": self.move_query}
         if prompt == new:
             cached = sinks if start > 0 else None  # else the keys include them
-            return sink_attention(query, key, value, with_sinks, cached=cached, start=start, **kwargs)
+            return sink_attention(query, key, value, with_sinks, cached=cached, start=start, **kwargs_of_sinks)
         decoded = attend(query[:, :, prompt:], key, value, replace(mask, window=None), **kwargs)
         if prompt == 0:
             return decoded
         end = value.shape[2] - new + prompt
         mask = with_sinks.sliced(end=end)
-        return join(sink_attention(query[:, :, :prompt], key[:, :, :end], value[:, :, :end], mask, **kwargs), decoded)
+        return join(
+            sink_attention(query[:, :, :prompt], key[:, :, :end], value[:, :, :end], mask, **kwargs_of_sinks), decoded
+        )
 
     def _prompt_tokens(self, keys: SinkKeys, new: int) -> int:
         """How many of the new tokens belong to the prompt."""

@@ -6,6 +6,8 @@ without a rope stay as they are. config.json has no field for Self-Extend, so a 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -58,14 +60,20 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
             "without them."
         )
     rotations: dict[str, GroupedRotation] = {}
-    for layer in attention_layers(model):
+    local, extended = local_attention_of(model), set[str]()
+    for layer in attention_layers(model, local=bool(local.sinks)):
         if layer.rope is None:
             continue
-        first, (rope, _, buffer) = layer.rope not in rotations, layer.rope.rpartition(".")
+        rope, _, buffer = layer.rope.rpartition(".")
         rotation = GroupedRotation(model.get_submodule(rope), buffer, setting, trained)
         rotation = rotations.setdefault(layer.rope, rotation)
-        set_override(layer.module, SelfExtendAttention(rotation, layer.module.layer_idx, first=first))
-    if not rotations:
+        if layer.window is None:
+            first = layer.rope not in extended
+            extended.add(layer.rope)
+            set_override(layer.module, SelfExtendAttention(rotation, layer.module.layer_idx, first=first))
+        else:
+            set_override(layer.module, replace(local, move_query=rotation.move_to_sinks))
+    if not extended:
         remedy = "Load it without Self-Extend."
         if getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types"):
             remedy += " Or pass sliding_window=None to disable the window that the checkpoint has for all layers."

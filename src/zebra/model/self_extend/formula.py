@@ -23,7 +23,7 @@ from zebra.kernels import Mask
 from zebra.model.context import context_length
 from zebra.model.override import overriding_attention
 from zebra.model.self_extend.probe import AttentionLayer, attention_layers
-from zebra.positions import SelfExtend, grouped_key, grouped_query, relative
+from zebra.positions import SelfExtend, grouped_key, grouped_query, relative, sink_query
 
 _SCORES_AT_A_TIME = 1 << 23
 
@@ -33,7 +33,7 @@ class FormulaAttention:
 
     def __init__(self, layer: AttentionLayer, setting: SelfExtend | None, trained: int):
         self.layer, self.trained = layer, trained
-        self.setting = setting if layer.window is None and layer.rope is not None else None
+        self.setting = setting if layer.rope is not None else None
 
     def attend(
         self,
@@ -66,7 +66,7 @@ class FormulaAttention:
         for start in range(0, n, step):
             i = j.T[start : start + step]
             queries = q[:, :, start : start + step].double()
-            if self.setting is not None and self.setting.log_scale:
+            if self.layer.window is None and self.setting is not None and self.setting.log_scale:
                 queries = queries * self.setting.query_scale(i, self.trained)
             scores = self._products(queries, keys, i, j) * (q.shape[-1] ** -0.5 if scale is None else scale)
             if softcap is not None:
@@ -86,11 +86,16 @@ class FormulaAttention:
         distance, positions = i - j, (i, j)
         if self.setting is not None:
             group, window = self.setting.group, self.setting.window
-            distance, near = relative(i, j, group, window), i - j < window
-            positions = (
-                torch.where(near, i, grouped_query(i, group, window)),
-                torch.where(near, j, grouped_key(j, group)),
-            )
+            if self.layer.window is None:
+                near = i - j < window
+                far_distance = relative(i, j, group, window)
+                far_positions = grouped_query(i, group, window), grouped_key(j, group)
+            else:  # far keys are sinks
+                near = i - j < self.layer.window
+                far_positions = sink_query(i, group, window), j
+                far_distance = far_positions[0] - j
+            distance = torch.where(near, distance, far_distance)
+            positions = tuple(torch.where(near, exact, far) for exact, far in zip((i, j), far_positions, strict=True))
         size = len(self.layer.frequencies)
         products = q[..., 2 * size :] @ k[..., 2 * size :].mT
         for r, frequency in enumerate(self.layer.frequencies.float()):

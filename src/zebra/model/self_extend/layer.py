@@ -23,7 +23,7 @@ from zebra.kernels import Mask
 from zebra.kernels.self_extend import self_extend_attention
 from zebra.kernels.sinks import NO_POSITION
 from zebra.model.opaque_layers import PendingKeys
-from zebra.positions import SelfExtend, grouped_key, grouped_query
+from zebra.positions import SelfExtend, grouped_key, grouped_query, sink_query
 
 _log = logging.getLogger(__name__)
 
@@ -154,6 +154,16 @@ class GroupedRotation:
         rotations = (cos[0], sin[0]), (cos[1], sin[1])
         self._latest = latest = _Positions(position_ids, mask.keys, total, offset, start, *rotations, scale)
         return latest  # another thread may have replaced the attribute
+
+    def move_to_sinks(self, query: Tensor, index: Tensor) -> Tensor:
+        """Queries (B, H, T, D) of a local layer at the positions from which they see sinks outside the window.
+
+        index: (1 or B, T), the number of tokens before each in its text.
+        """
+        index = index.clamp(min=0)
+        moved = sink_query(index, self.setting.group, self.setting.window)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return rotate(query, rotation_between(self.frequencies(query.device), index, moved, dtype))
 
     def rotation_of_all_keys(self, positions: _Positions) -> Rotation:
         """The rotation of all S keys, those of earlier tokens included."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend, autocast
 from zebra.kernels.merging import join
-from zebra.kernels.sinks import sink_attention
+from zebra.kernels.sinks import MoveQuery, sink_attention
 from zebra.model.local import LocalAttention
 from zebra.model.override import (
     AttentionOverride,
@@ -127,9 +127,14 @@ class SequenceParallelAttention:
             fetched, masks = self._behind_sinks(torch.cat([key, value], dim=3), whole, shards, fetched, masks)
             run = sink_attention
         results = []
-        for tokens, queries, of_chunk, its_mask in zip(seen, query.chunk(2, dim=2), fetched, masks, strict=True):
+        held = shards.held(rank)
+        for own, tokens, queries, of_chunk, its_mask in zip(
+            held, seen, query.chunk(2, dim=2), fetched, masks, strict=True
+        ):
+            if isinstance(self.own, LocalAttention) and self.own.move_query is not None:
+                kwargs["move_query"] = partial(_move_query, self.own.move_query, own, whole)
             if isinstance(self.own, SelfExtendAttention):
-                up_to = _positions_up_to(positions, sequence_positions, shards.held(rank)[0].start, tokens.stop)
+                up_to = _positions_up_to(positions, sequence_positions, held[0].start, tokens.stop)
                 run = partial(self.own.attend, module, up_to)
             results.append(run(queries, *of_chunk, its_mask, **kwargs))
         return join(*results)
@@ -154,6 +159,12 @@ class SequenceParallelAttention:
             behind.append((key, value))
             its_masks.append(replace(with_sinks(mask, table, key.shape[2] - table.shape[1]), sinks=sinks))
         return behind, its_masks
+
+
+def _move_query(move: MoveQuery, own: range, whole: Mask, query: Tensor, index: Tensor) -> Tensor:
+    """Move the queries of a chunk, tokens `own` of the sequence; `index` counts only the keys that were fetched."""
+    first = whole.sliced(end=own.stop).first_tokens(own.stop, query.device)[:, own.start :]
+    return move(query, torch.arange(own.start, own.stop, device=query.device) - first)
 
 
 def _positions_up_to(positions: Tensor | None, of_sequence: Tensor | None, start: int, end: int) -> Tensor:
