@@ -95,7 +95,7 @@ class FormulaAttention:
                 far_positions = sink_query(i, group, window), j
                 far_distance = far_positions[0] - j
             distance = torch.where(near, distance, far_distance)
-            positions = tuple(torch.where(near, exact, far) for exact, far in zip((i, j), far_positions, strict=True))
+            positions = torch.where(near, i, far_positions[0]), torch.where(near, j, far_positions[1])
         size = len(self.layer.frequencies)
         products = q[..., 2 * size :] @ k[..., 2 * size :].mT
         for r, frequency in enumerate(self.layer.frequencies.float()):
