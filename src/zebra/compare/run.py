@@ -80,7 +80,8 @@ def compare(
 
     Args:
         out: the folder; the same call continues after a kill, and a larger budget adds to it.
-        stripes: a layout; None makes every second layer global, with a window of an eighth of the trained length.
+        stripes: a layout; None makes every second layer global, and the others see an eighth of the trained length and
+            four attention sinks, without which a model that was not trained for stripes loses much more.
         methods: names of `zebra.compare.methods.standard_methods`; None takes all. The unchanged checkpoint always
             comes first.
         additional: further methods.
@@ -97,7 +98,7 @@ def compare(
     end = time.monotonic() + 60 * budget_minutes
     loading = {name: options[name] for name in LOADING if name in options}
     trained = EvalTarget(checkpoint, purpose=None, **loading).context_length
-    layout = Stripes.parse(stripes) if stripes else Stripes.grouped(stride=2, window=max(1, (trained or length) // 8))
+    layout = Stripes.parse(stripes) if stripes else Stripes(max(1, (trained or length) // 8), pattern="GL", sinks=4)
     chosen = choose_methods(standard_methods(trained, length, str(layout)), methods)
     settings = Settings(
         checkpoint=checkpoint,

@@ -8,7 +8,8 @@ r"""Local attention with sinks: the band, merged with a small dense attention ov
        S - 1  s s . \ \
 
 A trained model gives much of its attention to the first few tokens, so a window that hides them harms more than its
-length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions.
+length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions; under Self-Extend the queries move
+(`zebra.positions.sink_query`).
 """
 
 from __future__ import annotations

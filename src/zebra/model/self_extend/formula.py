@@ -2,6 +2,8 @@
 
     s_ij = scale * <rotated by relative(i, j) f: q_i, k_j>,    out_i = sum over visible j of softmax(s_i)_j v_j
 
+In a local layer only sinks are far: relative(i, j) is then sink_query(i) - j.
+
 The oracle of `zebra.model.self_extend.layer`. Both share only the frequencies and how transformers rounds angles. The
 formula has no near and far parts, no second rotation, no merge and no cache, and computes in float64. All position ids
 are 0, so that queries and keys arrive as they were before the rope.
