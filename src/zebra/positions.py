@@ -59,7 +59,7 @@ def grouped_key(j: Position, group: int) -> Position:
 def sink_query(i: Position, group: int, window: int) -> Position:
     """The position from which a query sees the sinks of a local layer: i below W, else floor(i / G) + W - floor(W / G).
 
-    Sinks keep their own positions. The first token is then as far away as in a global layer, so below L up to the reach.
+    Sinks keep their own positions. The first token is as far away as in a global layer, so below L up to the reach.
     """
     far = i >= window
     return (1 - far * 1) * i + far * grouped_query(i, group, window)

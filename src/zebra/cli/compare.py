@@ -18,8 +18,8 @@ def compare(
         str | None,
         typer.Option(
             callback=options.stripes_notation,
-            help="Layout of the methods with stripes. Default: GL with 4 attention sinks and a window of an eighth of the "
-            "trained length.",
+            help="Layout of the methods with stripes. Default: GL with a window of an eighth of the trained length "
+            "and 4 attention sinks.",
         ),
     ] = None,
     methods: Annotated[

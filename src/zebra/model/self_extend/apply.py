@@ -1,7 +1,8 @@
 """Set Self-Extend on a loaded model.
 
 Each global layer with a rope gets an attention override. Local layers never look beyond their window, except at sinks,
-which they then see from grouped positions. Layers without a rope stay as they are. config.json has no field for Self-Extend, so a saved checkpoint is without it.
+which they then see from grouped positions. Layers without a rope stay as they are. config.json has no field for
+Self-Extend, so a saved checkpoint is without it.
 """
 
 from __future__ import annotations
