@@ -24,7 +24,7 @@ from zebra.files import atomic_write
 from zebra.results import Result, read_results, write_results
 from zebra_bench.configs import SMOLLM2_STRIPES as CHOSEN
 
-TRAINED = ("lcat-smollm2", "lcat-smollm2-offset", "lcat-smollm2-full")
+TRAINED = ("lcat-smollm2", "lcat-smollm2-sinks", "lcat-smollm2-offset", "lcat-smollm2-full")
 
 _LCAT = "adapt recipes/lcat-smollm2-cpu.yaml"
 _COMPARE = f"compare {MODEL} examples/books/validation --budget-minutes 100000"
@@ -38,6 +38,7 @@ PARTS = {
         "--text examples/books/train/moby_dick.txt --text examples/books/train/pride_and_prejudice.txt",
     ),
     "chosen": ("runs/lcat-smollm2", _LCAT),
+    "sinks": ("runs/lcat-smollm2-sinks", f"{_LCAT} --set stripes={CHOSEN}+4"),
     "offset": ("runs/lcat-smollm2-offset", f"{_LCAT} --set stripes=GL:1024"),
     "full": ("runs/lcat-smollm2-full", f"{_LCAT} --set stripes=null"),
     "chosen-16k": (

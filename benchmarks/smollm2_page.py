@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -26,6 +26,7 @@ from zebra.report.page import Cell, Section, Table
 from zebra.report.pivot import interval_cell, split, table, where
 from zebra.report.series import Span, buckets, by_kind, percent, short_layouts, span_name, span_of
 from zebra.results import Result, read_results
+from zebra_bench.configs import SMOLLM2_STRIPES as CHOSEN
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -39,12 +40,13 @@ LIMIT, WINDOW = 8192, 1024
 AUTO = "8:2048"
 """What `auto:16384` takes."""
 GROUPS = ("4:1024", "4:2048", "8:1024", "8:4096", "16:2048")
-BESIDE = {"source": "the source", "trained": "the full model trained in the same way"}
+ADAPTED = {"chosen": "chosen", "sinks": "chosen, 4 sinks", "offset": "GL:1024"}
+"""The adapted layouts, by part."""
 
 
 def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
     """Perplexity by position before and after, and the share of the gap to the full model that training closed."""
-    here = [one for part in ("chosen", "offset", "full") for one in parts.get(part, ()) if "perplexity" in one.task]
+    here = [one for part in (*ADAPTED, "full") for one in parts.get(part, ()) if "perplexity" in one.task]
     here = [one for one in here if one.metric == "perplexity" and "@" not in one.model]
     if not here:
         return Section("Adaptation to stripes", [])
@@ -61,51 +63,79 @@ def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
     }
     lines = [([Cell(name)], [one for one in here if (one.model, one.layout) == key]) for key, name in names.items()]
     shown = [(Cell(span_name(span)), _at(span, interval_cell)) for span in spans]
-    closed = [
-        [Cell(part), Cell(name), *_closed(parts, part, spans, beside)]
-        for part in ("chosen", "offset")
+    gaps = [
+        [Cell(ADAPTED[part]), Cell(name), *(show(Gap.of(parts, part, span)) for span in spans)]
+        for part in ADAPTED
         if part in parts
-        for beside, name in BESIDE.items()
+        for name, show in _GAP_ROWS.items()
     ]
     prose = (
         "LoRA for 40 steps of 8,192 tokens, the same for each layout, on six books and two files of code. Measured on "
-        "two other novels; with only two documents, an interval shows how far apart they are. The share of the gap is "
-        "given relative to the source, and to the full model that was trained in the same way: there, what both learn "
-        "from novels does not count."
+        "two other novels; with only two documents, an interval shows how far apart they are. An adapted model is "
+        "compared with the full model that was trained in the same way: so what both learn from novels does not count."
     )
-    head = [Cell("layout"), Cell("relative to"), *(Cell(span_name(span)) for span in spans)]
+    head = [Cell("layout"), Cell("perplexity"), *(Cell(span_name(span)) for span in spans)]
     blocks: list[str | Table | Figure] = [prose, table("Perplexity by position", [Cell("model")], lines, shown)]
-    return Section("Adaptation to stripes", [*blocks, Table("Share of the gap that training closed", head, closed)])
+    return Section("Adaptation to stripes", [*blocks, Table("The gap to full attention", head, gaps)])
 
 
 def _at(span: Span, show: Callable[..., Cell]) -> Callable[[Sequence[Result]], Cell]:
     return lambda results: show([one for one in results if span_of(one) == span])
 
 
-def _closed(parts: Mapping[str, Sequence[Result]], part: str, spans: Sequence[Span], beside: str) -> list[Cell]:
-    """By span, the share of a layout's excess loss that training took away: 1 - excess after / excess before.
+@dataclass(frozen=True)
+class Gap:
+    """How far a layout is from full attention at some positions, ln(striped / full), untrained and adapted.
 
-    An excess is ln(striped / full): before, of the untrained model over the source; after, of the adapted one over the
-    source as it was or the full model that was trained the same way.
+    Attributes:
+        untrained, source: the layout, and the full model, before training. adapted, full: both after it.
     """
-    cells = []
-    for span in spans:
-        striped, full = (
+
+    untrained: Result
+    source: Result
+    adapted: Result
+    full: Result
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Sequence[Result]], part: str, span: Span, opened_by: str = "") -> Gap | None:
+        """That of a part; `opened_by` names the part whose untrained layout is taken. None where results are missing."""
+        one, other, full = (
             [one for one in parts.get(name, ()) if one.metric == "perplexity" and span_of(one) == span]
-            for name in (part, "full")
+            for name in (part, opened_by or part, "full")
         )
-        source = [one for one in striped if one.layout == "full"]
-        before = [one for one in striped if one.layout != "full" and one.model == MODEL]
-        after, trained = ([one for one in ones if one.model.endswith("/model")] for ones in (striped, full))
-        four = [ones[-1] for ones in (source, before, after, trained) if ones]
-        excess = math.log(before[-1].value / source[-1].value) if before and source else 0.0
-        if len(four) == 4 and excess > 1e-3:
-            reference = (source if beside == "source" else trained)[-1].value
-            share = 1 - math.log(after[-1].value / reference) / excess
-            cells.append(Cell(percent(share, 0), results=four))
-        else:
-            cells.append(Cell("–"))
-    return cells
+        source = [one for one in other if one.layout == "full"]
+        untrained = [one for one in other if one.layout != "full" and one.model == MODEL]
+        adapted, trained = ([one for one in ones if one.model.endswith("/model")] for ones in (one, full))
+        four = [ones[-1] for ones in (untrained, source, adapted, trained) if ones]
+        return cls(*four) if len(four) == 4 and span[1] > WINDOW else None
+
+    @property
+    def before(self) -> float:
+        """Of the untrained layout over the source."""
+        return math.log(self.untrained.value / self.source.value)
+
+    @property
+    def after(self) -> float:
+        """Of the adapted layout over the full model that was trained in the same way."""
+        return math.log(self.adapted.value / self.full.value)
+
+    @property
+    def share(self) -> float:
+        """The share that training closed."""
+        return 1 - self.after / self.before
+
+
+_GAP_ROWS: dict[str, Callable[[Gap | None], Cell]] = {
+    "untrained, above the source": lambda gap: (
+        Cell(percent(math.expm1(gap.before), sign="+"), results=[gap.untrained, gap.source]) if gap else Cell("–")
+    ),
+    "adapted, above full adapted": lambda gap: (
+        Cell(percent(math.expm1(gap.after), sign="+"), results=[gap.adapted, gap.full]) if gap else Cell("–")
+    ),
+    "share of the gap that was closed": lambda gap: (
+        Cell(percent(gap.share, 0), results=[gap.untrained, gap.source, gap.adapted, gap.full]) if gap else Cell("–")
+    ),
+}
 
 
 class Compared:
@@ -135,7 +165,7 @@ def checklist(parts: Mapping[str, Sequence[Result]]) -> Section:
     """What the two papers claim, beside what was measured here."""
     body = [
         [Cell(claim), Cell(measured), Cell(verdict)]
-        for claim, measured, verdict in (*_self_extend_claims(parts), *_adaptation_claims(parts))
+        for claim, measured, verdict in (*_self_extend_claims(parts), *_sink_claims(parts), *_adaptation_claims(parts))
     ]
     prose = (
         "Claims of Self-Extend (arXiv 2401.01325, sections 4, 5) and of Zebra's adaptation (arXiv 2312.08618, section "
@@ -197,20 +227,36 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
         )
 
 
+def _sink_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
+    compared, extended = Compared(parts.get("16k", ())), f", self-extend {AUTO}"
+    for layout, name in ((f"GL:{WINDOW}", f"GL:{WINDOW}"), (CHOSEN, "the chosen layout")):
+        shares = []
+        for span in ((4096, 8192), (8192, 16384)):
+            full, bare, sinks = (compared.perplexity(one + extended, span) for one in ("full", layout, f"{layout}+4"))
+            shares.append(1 - math.log(sinks / full) / math.log(bare / full))
+        if not math.isnan(sum(shares)):
+            yield (
+                f"Without training, four attention sinks close 80 % of the gap that {name} opens, under Self-Extend.",
+                f"at 4K to 8K {percent(shares[0], 0)}, at 8K to 16K {percent(shares[1], 0)}",
+                _verdict(min(shares) >= 0.8, enough=compared.enough((8192, 16384))),
+            )
+
+
 def _adaptation_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
-    for part, layout in (("chosen", "the chosen layout"), ("offset", "the paper's order, GL:1024")):
+    full = "the full model trained in the same way, at every position"
+    for part, opened_by, name in (
+        ("chosen", "chosen", f"closes 80 % of the gap between the chosen layout and {full}"),
+        ("offset", "offset", f"closes 80 % of the gap between the paper's order, GL:1024, and {full}"),
+        ("sinks", "chosen", f"with four sinks closes 80 % of the gap between the chosen layout without and {full}"),
+    ):
         here = [one for one in parts.get(part, ()) if one.metric == "perplexity" and "@" not in one.model]
-        if not here:
-            continue
-        spans = [span for span in buckets(here) if span[0] >= WINDOW]
-        for beside, name in BESIDE.items():
-            shares = [cell.text for cell in _closed(parts, part, spans, beside) if cell.results]
-            if shares:
-                yield (
-                    f"A short adaptation closes 80 % of the gap between {layout} and {name}, at every position.",
-                    f"from 1K to 8K: {', '.join(shares)}",
-                    _verdict(all(float(share.rstrip(" %").replace("−", "-")) >= 80 for share in shares)),
-                )
+        gaps = [Gap.of(parts, part, span, opened_by) for span in buckets(here) if span[0] >= WINDOW]
+        if shares := [gap.share for gap in gaps if gap]:
+            yield (
+                f"A short adaptation {name}.",
+                f"from 1K to 8K: {', '.join(percent(share, 0) for share in shares)}",
+                _verdict(min(shares) >= 0.8),
+            )
 
 
 def documents(results: Sequence[Result]) -> Section:
