@@ -98,7 +98,7 @@ class Gap:
 
     @classmethod
     def of(cls, parts: Mapping[str, Sequence[Result]], part: str, span: Span, opened_by: str = "") -> Gap | None:
-        """That of a part; `opened_by` names the part whose untrained layout is taken. None where results are missing."""
+        """That of a part; `opened_by` names the part whose untrained layout is taken. None without all results."""
         one, other, full = (
             [one for one in parts.get(name, ()) if one.metric == "perplexity" and span_of(one) == span]
             for name in (part, opened_by or part, "full")
