@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import some
 from torch import Tensor
 
 from zebra.kernels import Mask, Request, attend, only, reference
+from zebra.kernels import sinks as sinks_module
 from zebra.kernels.sinks import NO_POSITION, Sinks, sink_attention
 
 
@@ -29,6 +32,12 @@ def hidden_by(what: str, length: int) -> dict[str, Tensor]:
         steps = torch.rand(2, length, generator=torch.Generator().manual_seed(3)) < 0.07
         actual["documents"] = steps.cumsum(dim=1)
     return actual
+
+
+@pytest.fixture(autouse=True, params=[7, 1024], ids=["parts", "whole"])
+def rows(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries are read in parts, or at once."""
+    monkeypatch.setattr(sinks_module, "_ROWS", request.param)
 
 
 @pytest.mark.parametrize("what", ["nothing", "left", "right", "documents", "both"])

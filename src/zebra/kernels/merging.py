@@ -37,15 +37,17 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor, *, with_ls
     return merged, torch.logaddexp(one, two).masked_fill(neither, float("-inf"))
 
 
-def join(first: Attention, second: Attention) -> Attention:
-    """Concatenate the attention of two parts of the queries, one after the other.
+def join(*parts: Attention) -> Attention:
+    """Concatenate the attention of consecutive parts of the queries.
 
     Args:
-        first, second: the output (B, H, T, D) and the log-sum-exp (B, H, T) or None.
+        parts: outputs (B, H, T, D), each with its log-sum-exp (B, H, T) or None.
 
     Returns:
         The same for all queries; no log-sum-exp if a part has none.
     """
-    (out, lse), (other, other_lse) = first, second
-    whole_lse = None if lse is None or other_lse is None else torch.cat([lse, other_lse], dim=2)
-    return torch.cat([out, other], dim=2), whole_lse
+    if len(parts) == 1:
+        return parts[0]
+    lses = [lse for _, lse in parts if lse is not None]
+    lse = torch.cat(lses, dim=2) if len(lses) == len(parts) else None
+    return torch.cat([out for out, _ in parts], dim=2), lse

@@ -14,7 +14,7 @@ length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions; un
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from zebra.kernels import attend
-from zebra.kernels.merging import merge
+from zebra.kernels.merging import Attention, join, merge
 from zebra.kernels.reference import masked_softmax
 from zebra.kernels.request import Mask
 
+_ROWS = 1024
+"""Queries at a time: 1.5 MiB of float32 for ten heads of 64."""
 NO_POSITION = 1 << 40
 """The position of a missing sink: after all queries."""
 
@@ -52,6 +54,7 @@ def sink_attention(
     cached: Sinks | None = None,
     start: int = 0,
     move_query: MoveQuery | None = None,
+    tokens_before: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     with_lse: bool = False,
@@ -65,6 +68,7 @@ def sink_attention(
         cached: the sinks as one block, from a cache whose local layer has dropped their keys.
         start: the index in the sequence of the first key in `k`.
         move_query: moves the queries to the positions from which they see sinks outside the window.
+        tokens_before: (1 or B, T), the number of real tokens before each query in its text, where the mask cannot tell.
         arguments: further arguments of `attend`.
 
     Returns:
@@ -80,18 +84,44 @@ def sink_attention(
         raise NotImplementedError("sinks are not supported with ALiBi, which lowers distant scores. Leave them out.")
     out, lse = attend(q, k, v, band, **kwargs)
     assert lse is not None
-    queries = q.shape[2]
-    position = torch.arange(start + k.shape[2] - queries, start + k.shape[2], device=q.device)
+    queries, end = q.shape[2], start + k.shape[2]
+    position = torch.arange(end - queries, end, device=q.device)
     if cached is None:
         sinks, visible = _gather_sinks(k, v, mask, position)
     else:
         sinks, visible = cached, position[:, None] - cached.positions[:, :, None] >= mask.window
-    if move_query is not None:
-        first = mask.first_tokens(k.shape[2], q.device)[:, -queries:] if cached is None else cached.positions[:, 0, :1]
-        q = move_query(q, position - first)
+    if move_query is not None and tokens_before is None:
+        first = mask.first_tokens(end, q.device)[:, -queries:] if cached is None else cached.positions[:, 0, :1]
+        tokens_before = position - first
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    parts: list[Attention] = []
     with torch.autocast(q.device.type, enabled=False):
-        other, other_lse = _over(q, sinks, visible, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    return merge(out, lse, other, other_lse, with_lse=with_lse)
+        for part, its_sinks, seen in _parts(queries, sinks, visible):
+            of_band = out[:, :, part], lse[:, :, part]
+            if end - queries + part.stop <= mask.window:
+                parts.append(of_band)
+                continue
+            rows = q[:, :, part]
+            if move_query is not None and tokens_before is not None:
+                rows = move_query(rows, tokens_before[:, part])
+            parts.append(merge(*of_band, *_over(rows, its_sinks, seen, scale, softcap)))
+    out, lse = join(*parts)
+    return out, lse if with_lse else None
+
+
+def _parts(queries: int, sinks: Sinks, visible: Tensor) -> Iterator[tuple[slice, Sinks, Tensor]]:
+    """Parts of the queries, small enough for the caches of a processor, with their sinks and which of them they see."""
+    blocks, size = visible.shape[1:3]
+    if blocks == 1:
+        for start in range(0, queries, _ROWS):
+            part = slice(start, min(start + _ROWS, queries))
+            yield part, sinks, visible[:, :, part]
+        return
+    step = max(1, _ROWS // size)
+    for i in range(0, blocks, step):
+        keys, values, positions = sinks
+        its_sinks = Sinks(keys[:, :, i : i + step], values[:, :, i : i + step], positions[:, i : i + step])
+        yield slice(i * size, min((i + step) * size, queries)), its_sinks, visible[:, i : i + step]
 
 
 def _gather_sinks(k: Tensor, v: Tensor, mask: Mask, position: Tensor) -> tuple[Sinks, Tensor]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend, autocast
 from zebra.kernels.merging import join
-from zebra.kernels.sinks import MoveQuery, sink_attention
+from zebra.kernels.sinks import sink_attention
 from zebra.model.local import LocalAttention
 from zebra.model.override import (
     AttentionOverride,
@@ -132,7 +132,7 @@ class SequenceParallelAttention:
             held, seen, query.chunk(2, dim=2), fetched, masks, strict=True
         ):
             if isinstance(self.own, LocalAttention) and self.own.move_query is not None:
-                kwargs["move_query"] = partial(_move_query, self.own.move_query, own, whole)
+                kwargs |= {"move_query": self.own.move_query, "tokens_before": _tokens_before(own, whole, key.device)}
             if isinstance(self.own, SelfExtendAttention):
                 up_to = _positions_up_to(positions, sequence_positions, held[0].start, tokens.stop)
                 run = partial(self.own.attend, module, up_to)
@@ -161,10 +161,10 @@ class SequenceParallelAttention:
         return behind, its_masks
 
 
-def _move_query(move: MoveQuery, own: range, whole: Mask, query: Tensor, index: Tensor) -> Tensor:
-    """Move the queries of a chunk, tokens `own` of the sequence; `index` counts only the keys that were fetched."""
-    first = whole.sliced(end=own.stop).first_tokens(own.stop, query.device)[:, own.start :]
-    return move(query, torch.arange(own.start, own.stop, device=query.device) - first)
+def _tokens_before(own: range, whole: Mask, device: torch.device) -> Tensor:
+    """The number of real tokens before each token `own` of a sequence, in its document: (1 or B, n)."""
+    first = whole.sliced(end=own.stop).first_tokens(own.stop, device)[:, own.start :]
+    return torch.arange(own.start, own.stop, device=device) - first
 
 
 def _positions_up_to(positions: Tensor | None, of_sequence: Tensor | None, start: int, end: int) -> Tensor:
