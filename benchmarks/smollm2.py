@@ -23,20 +23,31 @@ from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.results import Result, read_results, write_results
 from zebra_bench.configs import SMOLLM2_STRIPES as CHOSEN
+from zebra_bench.configs import SMOLLM2_STRIPES_WITH_SINKS as CHOSEN_WITH_SINKS
 
 TRAINED = ("lcat-smollm2", "lcat-smollm2-sinks", "lcat-smollm2-offset", "lcat-smollm2-full")
 
 _LCAT = "adapt recipes/lcat-smollm2-cpu.yaml"
 _COMPARE = f"compare {MODEL} examples/books/validation --budget-minutes 100000"
-_ALL = f"--methods linear,yarn,dynamic,self-extend,stripes,stripes+self-extend --with stripes={CHOSEN} --with "
-_EXTENDED = f"'stripes={CHOSEN} self_extend=auto:"
+_SELECT = (
+    f"select {MODEL} --length 8192 --order once "
+    "--text examples/books/train/moby_dick.txt --text examples/books/train/pride_and_prejudice.txt"
+)
+
+
+def _ways(length: int) -> str:
+    """The methods that are compared beyond the trained length; stripes without sinks only where they reach it."""
+    layouts = (CHOSEN_WITH_SINKS, f"{CHOSEN}+4", "GL:1024", CHOSEN)
+    own = [f"--with 'stripes={layout} self_extend=auto:{length}'" for layout in layouts]
+    return f"--methods linear,yarn,dynamic,self-extend,stripes,stripes+self-extend {' '.join(own)}"
+
 
 PARTS = {
     "selection": (
         "runs/smollm2-selection",
-        f"select {MODEL} --budget 15 --window 1024 --length 8192 --samples 8 --order once "
-        "--text examples/books/train/moby_dick.txt --text examples/books/train/pride_and_prejudice.txt",
+        f"{_SELECT} --budget 15 --window 1024 --samples 8",
     ),
+    "selection-sinks": ("runs/smollm2-selection-sinks", f"{_SELECT} --budget 8 --window 1024+4 --samples 4"),
     "chosen": ("runs/lcat-smollm2", _LCAT),
     "sinks": ("runs/lcat-smollm2-sinks", f"{_LCAT} --set stripes={CHOSEN}+4"),
     "offset": ("runs/lcat-smollm2-offset", f"{_LCAT} --set stripes=GL:1024"),
@@ -49,10 +60,10 @@ PARTS = {
     "lit": ("runs/lit-smollm2", "tune recipes/lit-smollm2-cpu.yaml"),
     "16k": (
         "runs/smollm2-16k",
-        f"{_COMPARE} --length 16384 {_ALL}{_EXTENDED}16384' --with 'checkpoint=runs/lcat-smollm2/model "
-        "self_extend=auto:16384' --windows 16 --samples 10",
+        f"{_COMPARE} --length 16384 {_ways(16384)} --with 'checkpoint=runs/lcat-smollm2-sinks/model "
+        "self_extend=auto:16384' --windows 16 --samples 10 --task passkey",
     ),
-    "32k": ("runs/smollm2-32k", f"{_COMPARE} --length 32768 {_ALL}{_EXTENDED}32768' --windows 6 --samples 4"),
+    "32k": ("runs/smollm2-32k", f"{_COMPARE} --length 32768 {_ways(32768)} --windows 6 --samples 4 --task passkey"),
     "groups": (
         "runs/smollm2-groups",
         f"{_COMPARE} --length 16384 --windows 16 --samples 10 --task passkey --methods self-extend "

@@ -306,6 +306,7 @@ def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
         _comparison(parts, "32k", "32,768 tokens, four times the trained length"),
         _comparison(parts, "groups", "Self-Extend by group and window"),
         selection.selection(parts.get("selection", [])),
+        _selection_with_sinks(parts.get("selection-sinks", [])),
         adaptation(parts),
         _comparison(parts, "8k", "8,192 tokens, before and after adaptation"),
         answers(by_kind(parts.get("lit", []))["answers"]),
@@ -324,6 +325,12 @@ def _comparison(parts: Mapping[str, list[Result]], part: str, title: str) -> Sec
     ]
     named = [replace(block, name=f"{part}-{block.name}") if isinstance(block, Figure) else block for block in blocks]
     return Section(title, named)
+
+
+def _selection_with_sinks(results: Sequence[Result]) -> Section:
+    blocks = selection.selection(results).blocks
+    named = [replace(block, name=f"sinks-{block.name}") if isinstance(block, Figure) else block for block in blocks]
+    return Section("Which layers stay global, with attention sinks", named)
 
 
 def picture(results: Sequence[Result]) -> Figure:

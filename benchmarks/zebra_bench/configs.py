@@ -14,6 +14,7 @@ RUN = "bench"
 FAST = ", fast float32"
 """Follows the names of what ran under torch's float32 matmul precision `medium`."""
 SMOLLM2_STRIPES = "7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024"
+SMOLLM2_STRIPES_WITH_SINKS = "6,7,8,17,18,20,23,24:1024+4"
 """What `zebra select` chose for SmolLM2-135M-Instruct (docs/results/smollm2.md)."""
 
 SELF_EXTEND_WORKLOADS = ("attention", "authors", "decode", "chunks")
