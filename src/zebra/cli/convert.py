@@ -153,7 +153,7 @@ def select(
         from zebra.report.selection import better_strides
         from zebra.results import read_results
 
-        selection = run(**arguments, run=str(work))
+        selection = run(**arguments, run=work.resolve().name)
         write_report(read_results(work / "results.jsonl"), work / "report.html")
         for line in better_strides(selection.results):
             show.note(line)
