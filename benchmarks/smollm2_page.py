@@ -327,7 +327,7 @@ def _comparison(parts: Mapping[str, list[Result]], part: str, title: str) -> Sec
     return Section(title, named)
 
 
-def _selection_with_sinks(results: Sequence[Result]) -> Section:
+def _selection_with_sinks(results: list[Result]) -> Section:
     blocks = selection.selection(results).blocks
     named = [replace(block, name=f"sinks-{block.name}") if isinstance(block, Figure) else block for block in blocks]
     return Section("Which layers stay global, with attention sinks", named)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from conftest import FEW_STORIES, STORIES, FinishedRun, Zebra
 
 from zebra.compare.measurements import Measurements, Unit, measure_cost, schedule
 from zebra.compare.methods import Method, choose_methods, standard_methods
-from zebra.compare.run import compare, planned_run
+from zebra.compare.run import compare, default_stripes, planned_run
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder
 from zebra.errors import ZebraError
 from zebra.evaluate.perplexity import perplexity
 from zebra.evaluate.target import EvalTarget
+from zebra.model.checkpoint import read_config
 from zebra.model.load import load
 from zebra.plan.cost import pairs
 from zebra.plan.memory import kv_bytes
@@ -118,6 +120,12 @@ def test_sinks_and_full_decoding_are_planned() -> None:
     assert pairs(planned_run(model, 100, "decode")) == 5 * 101
     sinks = load(STORIES, stripes="GL:33+4")
     assert kv_bytes(planned_run(sinks, 100, "prefill")) == measure_cost(sinks, np.arange(100))["kv_bytes"] < measured
+
+
+def test_stripes_have_sinks_unless_positions_are_alibi(checkpoints: Callable[..., Path]) -> None:
+    for position_embedding, layout in (("rope", "GL:64+4"), ("alibi", "GL:64")):
+        config = read_config(checkpoints("zebra_study", position_embedding=position_embedding))
+        assert str(default_stripes(config, 512)) == layout
 
 
 def test_layers_are_selected_by_text_that_is_not_scored(comparison: FinishedRun) -> None:

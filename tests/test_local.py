@@ -162,6 +162,30 @@ def test_with_self_extend_both_equal_the_formula(checkpoints: MakeCheckpoint) ->
     assert off(logits(wide, ids[:, :20]), at_their_own_distance[:, :20]) < 2e-5
 
 
+@pytest.mark.parametrize(("family", "layout"), [("gemma3_text", "1,3:9+3"), ("smollm3", LAYOUT), ("llama", "LLG:9+3")])
+def test_with_self_extend_each_layer_has_its_own_rope_or_none(
+    family: str, layout: str, checkpoints: MakeCheckpoint
+) -> None:
+    model, ids = zebra.load(checkpoints(family), stripes=layout, self_extend="3:7"), tokens(1, 100)
+    with formula_logits(model, SelfExtend(3, 7)) as formula:
+        expected = formula(ids)
+    assert off(logits(model, ids), expected) < 2e-5
+    extended = [o for m in model.modules() if isinstance(o := get_override(m), SelfExtendAttention)]
+    assert [override.first for override in extended] == [True] + [False] * (len(extended) - 1)
+
+
+def test_with_self_extend_a_prompt_is_read_alike_before_decoded_tokens(checkpoints: MakeCheckpoint) -> None:
+    ids, output = tokens(1, 100), []
+    model = zebra.load(checkpoints("llama"), stripes=LAYOUT, self_extend="3:7", full_decode=True)
+    assert local_attention_of(model) == LocalAttention(SINKS, True)
+    for parts in ([100], [60, 40]):
+        cache = bounded_cache(model)
+        cache.set_prompt_length(60)
+        output.append(in_parts(model, ids, parts, cache))
+    assert off(*output) < 2e-5
+    assert off(output[0][:, :60], logits(model, ids)[:, :60]) < 2e-5
+
+
 @pytest.mark.parametrize("setting", [SelfExtend(3, 7), SelfExtend(8, 16), SelfExtend(1, 5), SelfExtend(4, 30)], ids=str)
 def test_under_self_extend_no_sink_is_farther_than_a_model_was_trained(setting: SelfExtend) -> None:
     trained = 64
@@ -265,6 +289,8 @@ def test_verify_proves_them_against_the_source(family: str, checkpoints: MakeChe
     checks = verify(tmp_path / "out", checkpoints(family), self_extend="3:7")
     assert [check.name for check in checks if not check.passed] == []
     assert {"decoded", "long, zebra", "packed"} <= {check.name for check in checks}
+    checks = verify(tmp_path / "out", self_extend=f"3:{2 * WINDOW}")  # plain transformers has no sinks
+    assert [check.name for check in checks if not check.passed] == []
     (tmp_path / "out" / "zebra.json").write_text(json.dumps({"sinks": SINKS + 1}))
     assert all(check.passed for check in verify(tmp_path / "out", checkpoints(family)))
 

@@ -549,13 +549,14 @@ def test_models_that_cannot_have_self_extend_are_rejected(
         (None, "0:8", "integers from 1"),
         (None, "auto:100", "above the trained length"),
         (None, "eight", "GROUP:WINDOW"),
+        (None, "8:2", "at most as many sinks .* got 3 sinks and 8:2"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(
     rope: str | None, setting: str, words: str, checkpoints: MakeCheckpoint
 ) -> None:
     with pytest.raises(ZebraError, match=words):
-        zebra.load(checkpoints("llama"), rope=rope, self_extend=setting)
+        zebra.load(checkpoints("llama"), stripes="GL:9+3", rope=rope, self_extend=setting)
 
 
 def test_a_model_that_cannot_run_is_rejected(checkpoints: MakeCheckpoint) -> None:

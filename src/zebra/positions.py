@@ -48,7 +48,7 @@ def relative(i: Position, j: Position, group: int, window: int) -> Position:
 
 def grouped_query(i: Position, group: int, window: int) -> Position:
     """The position at which a query attends to its far keys: floor(i / G) + W - floor(W / G)."""
-    return i // group + window - window // group
+    return i // group + (window - window // group)
 
 
 def grouped_key(j: Position, group: int) -> Position:
@@ -57,12 +57,13 @@ def grouped_key(j: Position, group: int) -> Position:
 
 
 def sink_query(i: Position, group: int, window: int) -> Position:
-    """The position from which a query sees the sinks of a local layer: i below W, else floor(i / G) + W - floor(W / G).
+    """The position from which a query sees the sinks of a local layer: min(i, floor(i / G) + W - floor(W / G)).
 
-    Sinks keep their own positions. The first token is as far away as in a global layer, so below L up to the reach.
+    The minimum is i exactly where i < W. Sinks keep their positions, so the first token is as far away as in a global
+    layer: less than L in a text within the reach. No distance is negative if there are at most W sinks.
     """
-    far = i >= window
-    return (1 - far * 1) * i + far * grouped_query(i, group, window)
+    far = grouped_query(i, group, window)
+    return min(i, far) if isinstance(i, int) else i.minimum(far)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from zebra.compare.data import LOADING, ComparisonData, Settings
 from zebra.compare.measurements import (
@@ -80,8 +80,7 @@ def compare(
 
     Args:
         out: the folder; the same call continues after a kill, and a larger budget adds to it.
-        stripes: a layout; None makes every second layer global, and the others see an eighth of the trained length and
-            four attention sinks, without which a model that was not trained for stripes loses much more.
+        stripes: a layout; None takes `default_stripes` of the trained length.
         methods: names of `zebra.compare.methods.standard_methods`; None takes all. The unchanged checkpoint always
             comes first.
         additional: further methods.
@@ -97,8 +96,9 @@ def compare(
         options["tasks"] = names_of(options["tasks"])
     end = time.monotonic() + 60 * budget_minutes
     loading = {name: options[name] for name in LOADING if name in options}
-    trained = EvalTarget(checkpoint, purpose=None, **loading).context_length
-    layout = Stripes.parse(stripes) if stripes else Stripes(max(1, (trained or length) // 8), pattern="GL", sinks=4)
+    target = EvalTarget(checkpoint, purpose=None, **loading)
+    trained = target.context_length
+    layout = Stripes.parse(stripes) if stripes else default_stripes(target.config, trained or length)
     chosen = choose_methods(standard_methods(trained, length, str(layout)), methods)
     settings = Settings(
         checkpoint=checkpoint,
@@ -118,6 +118,12 @@ def compare(
         write_results(out / "results.jsonl", results)
         write_report(results, out / "report.html", title=f"{Path(checkpoint).name}, {length:,} tokens")
     return results
+
+
+def default_stripes(config: PreTrainedConfig, length: int) -> Stripes:
+    """Every second layer global, a window of an eighth of the length, and four sinks, which ALiBi does not support."""
+    has_alibi = getattr(config, "position_embedding", None) == "alibi"
+    return Stripes(max(1, length // 8), pattern="GL", sinks=0 if has_alibi else 4)
 
 
 class _Comparison:

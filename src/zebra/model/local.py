@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class LocalAttention:
         full_decode: whether decoded tokens see all tokens before them. The cache knows which tokens are decoded
             (`StripedCache.set_prompt_length`, which `generate` calls). If that was not set, a single new token after
             others counts as decoded.
-        move_query: under Self-Extend, moves queries to where they see sinks outside the window from.
+        move_query: under Self-Extend, moves queries to the positions from which they see sinks outside the window.
     """
 
     sinks: int = 0
@@ -82,18 +83,17 @@ class LocalAttention:
                 "with tokens in it. Remove cache_implementation, or pass "
                 "zebra.model.self_extend.bounded_cache(model)."
             )
-        with_sinks, kwargs_of_sinks = replace(mask, sinks=self.sinks), kwargs | {"move_query": self.move_query}
+        with_sinks = replace(mask, sinks=self.sinks)
+        attend_with_sinks: Any = partial(sink_attention, move_query=self.move_query, **kwargs)
         if prompt == new:
             cached = sinks if start > 0 else None  # else the keys include them
-            return sink_attention(query, key, value, with_sinks, cached=cached, start=start, **kwargs_of_sinks)
+            return attend_with_sinks(query, key, value, with_sinks, cached=cached, start=start)
         decoded = attend(query[:, :, prompt:], key, value, replace(mask, window=None), **kwargs)
         if prompt == 0:
             return decoded
         end = value.shape[2] - new + prompt
-        mask = with_sinks.sliced(end=end)
-        return join(
-            sink_attention(query[:, :, :prompt], key[:, :, :end], value[:, :, :end], mask, **kwargs_of_sinks), decoded
-        )
+        query, key, value, mask = query[:, :, :prompt], key[:, :, :end], value[:, :, :end], with_sinks.sliced(end=end)
+        return join(attend_with_sinks(query, key, value, mask), decoded)
 
     def _prompt_tokens(self, keys: SinkKeys, new: int) -> int:
         """How many of the new tokens belong to the prompt."""

@@ -172,9 +172,12 @@ def _self_extend_checks(
             f"the length must be larger than the window of Self-Extend {setting}; got {n}. Raise the length."
         )
     ids = _random_tokens(config, n, seed, placement)
-    plain = _finite_logits(_plain_model(path, config, placement), ids[:, : setting.window])
+    near, stripes = setting.window, stripes_of(config)
+    if stripes is not None and read_local_attention(path).sinks:
+        near = min(near, stripes.window)  # beyond it plain transformers does not see the sinks
+    plain = _finite_logits(_plain_model(path, config, placement), ids[:, :near])
     model = load(path, self_extend=setting, **placement)
-    short, whole = _logits(model, ids[:, : setting.window]), _logits(model, ids)
+    short, whole = _logits(model, ids[:, :near]), _logits(model, ids)
     with formula_logits(model, setting) as formula:
         oracle = formula(ids, logits_to_keep=_sampled(n).to(ids.device))
     # The formula rounds angles as transformers does, which takes their cosines in float32 in any dtype. The rounding

@@ -60,8 +60,14 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
             f"Self-Extend cannot be combined with other overrides of attention; this model has {others}. Load it "
             "without them."
         )
+    local = local_attention_of(model)
+    if local.sinks > setting.window:
+        raise ZebraError(
+            "Self-Extend requires at most as many sinks as keys in its window, so that no distance is negative; got "
+            f"{local.sinks} sinks and {setting}. Use fewer sinks or a larger window."
+        )
     rotations: dict[str, GroupedRotation] = {}
-    local, extended = local_attention_of(model), set[str]()
+    extended: set[str] = set()
     for layer in attention_layers(model, local=bool(local.sinks)):
         if layer.rope is None:
             continue
@@ -73,7 +79,7 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
             extended.add(layer.rope)
             set_override(layer.module, SelfExtendAttention(rotation, layer.module.layer_idx, first=first))
         else:
-            set_override(layer.module, replace(local, move_query=rotation.move_to_sinks))
+            set_override(layer.module, replace(local, move_query=rotation.move_query))
     if not extended:
         remedy = "Load it without Self-Extend."
         if getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types"):

@@ -155,14 +155,14 @@ class GroupedRotation:
         self._latest = latest = _Positions(position_ids, mask.keys, total, offset, start, *rotations, scale)
         return latest  # another thread may have replaced the attribute
 
-    def move_to_sinks(self, query: Tensor, tokens_before: Tensor) -> Tensor:
+    def move_query(self, query: Tensor, tokens_before: Tensor) -> Tensor:
         """Queries (B, H, T, D) of a local layer at the positions from which they see sinks outside the window, float32.
 
         tokens_before: (1 or B, T), the number of tokens before each in its text.
         """
-        true, dtype = tokens_before.clamp(min=0), torch.promote_types(query.dtype, torch.float32)
-        moved = sink_query(true, self.setting.group, self.setting.window)
-        return rotate(query.to(dtype), rotation_between(self.frequencies(query.device), true, moved, dtype))
+        dtype, frequencies = torch.promote_types(query.dtype, torch.float32), self.frequencies(query.device)
+        moved = sink_query(tokens_before, self.setting.group, self.setting.window)
+        return rotate(query.to(dtype), rotation_between(frequencies, tokens_before, moved, dtype))
 
     def rotation_of_all_keys(self, positions: _Positions) -> Rotation:
         """The rotation of all S keys, those of earlier tokens included."""
