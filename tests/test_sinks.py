@@ -73,14 +73,16 @@ def test_gradients_are_those_of_one_softmax(what: str, queries: int) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_kept_sinks_serve_where_the_band_has_let_go_of_them() -> None:
-    q, k, v = drawn(40, 7)
+@pytest.mark.parametrize("queries", [7, 1])
+def test_kept_sinks_serve_where_the_band_has_let_go_of_them(queries: int) -> None:
+    q, k, v = drawn(40, queries)
     mask = Mask(window=5, sinks=3)
     positions = torch.tensor([0, 1, 2]).view(1, 1, 3)
     cached = Sinks(k[:, :, None, :3], v[:, :, None, :3], positions)
-    recent = 5 - 1 + 7
-    out, _ = sink_attention(q, k[:, :, -recent:], v[:, :, -recent:], mask, cached=cached, start=40 - recent)
-    torch.testing.assert_close(out, attend(q, k, v, mask)[0], rtol=1e-12, atol=1e-12)
+    recent = 5 - 1 + queries
+    for sinks in (cached, cached._replace(last=2)):
+        out, _ = sink_attention(q, k[:, :, -recent:], v[:, :, -recent:], mask, cached=sinks, start=40 - recent)
+        torch.testing.assert_close(out, attend(q, k, v, mask)[0], rtol=1e-12, atol=1e-12)
     absent = cached._replace(positions=positions.masked_fill(positions == 1, NO_POSITION))
     out, _ = sink_attention(q, k[:, :, -recent:], v[:, :, -recent:], mask, cached=absent, start=40 - recent)
     keys = torch.ones(2, 40, dtype=torch.bool)

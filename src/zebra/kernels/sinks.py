@@ -14,9 +14,9 @@ length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions; un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +33,20 @@ NO_POSITION = 1 << 40
 """The position of a missing sink: after all queries."""
 
 
-MoveQuery = Callable[[Tensor, Tensor], Tensor]
-"""Given queries (B, H, T, D) and the number of tokens before each in its text (1 or B, T), returns moved queries."""
+class SinkRotation(Protocol):
+    """Gives queries other distances to the sinks outside their windows, by moving one or the other."""
+
+    def move_query(self, query: Tensor, tokens_before: Tensor) -> Tensor:
+        """Queries (B, H, T, D) from where they are to where they see sinks from.
+
+        tokens_before: (1 or B, T), the number of tokens before each in its text.
+        """
+
+    def move_sinks(self, keys: Tensor, tokens_before: Tensor) -> Tensor:
+        """The first keys (B, K, sinks, D) of texts to where one query of each, which stays, sees them at that distance.
+
+        tokens_before: (1 or B, 1).
+        """
 
 
 class Sinks(NamedTuple):
@@ -43,6 +55,7 @@ class Sinks(NamedTuple):
     keys: Tensor  # (B, K, n, sinks, D)
     values: Tensor  # (B, K, n, sinks, D)
     positions: Tensor  # (1 or B, n, sinks), indices in the sequence, padding counted; `NO_POSITION` for a missing one
+    last: int | None = None  # the index of the last sink of all sequences; None while one may be missing
 
 
 def sink_attention(
@@ -53,7 +66,7 @@ def sink_attention(
     *,
     cached: Sinks | None = None,
     start: int = 0,
-    move_query: MoveQuery | None = None,
+    rotation: SinkRotation | None = None,
     tokens_before: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -67,7 +80,7 @@ def sink_attention(
         k, v: (B, K, S, D), from the first token of the sequence on, unless `cached` has the sinks.
         cached: the sinks as one block, from a cache whose local layer has dropped their keys.
         start: the index in the sequence of the first key in `k`.
-        move_query: moves the queries to the positions from which they see sinks outside the window.
+        rotation: gives the sinks outside the window another distance; None keeps their own.
         tokens_before: (1 or B, T), the number of real tokens before each query in its text, where the mask cannot tell.
         arguments: further arguments of `attend`.
 
@@ -78,19 +91,24 @@ def sink_attention(
         NotImplementedError: sinks under ALiBi.
     """
     band, kwargs = replace(mask, sinks=0), {"scale": scale, "softcap": softcap, **arguments}
-    if mask.window is None or not mask.sinks or start + k.shape[2] <= mask.window:
+    end = start + k.shape[2]
+    if mask.window is None or not mask.sinks or end <= mask.window:
         return attend(q, k, v, band, with_lse=with_lse, **kwargs)
     if arguments.get("slopes") is not None:
         raise NotImplementedError("sinks are not supported with ALiBi, which lowers distant scores. Leave them out.")
+    is_plain_token = q.shape[2] == 1 and mask.keys is None and mask.documents is None
+    if is_plain_token and cached is not None and cached.last is not None and cached.last < end - mask.window:
+        recent = k[:, :, -mask.window :], v[:, :, -mask.window :]
+        return _decoded(q, *recent, cached, rotation, end - 1, with_lse=with_lse, **kwargs)
     out, lse = attend(q, k, v, band, **kwargs)
     assert lse is not None
-    queries, end = q.shape[2], start + k.shape[2]
+    queries = q.shape[2]
     position = torch.arange(end - queries, end, device=q.device)
     if cached is None:
         sinks, visible = _gather_sinks(k, v, mask, position)
     else:
         sinks, visible = cached, position[:, None] - cached.positions[:, :, None] >= mask.window
-    if move_query is not None and tokens_before is None:
+    if rotation is not None and tokens_before is None:
         first = mask.first_tokens(end, q.device)[:, -queries:] if cached is None else cached.positions[:, 0, :1]
         tokens_before = position - first
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -102,11 +120,21 @@ def sink_attention(
                 parts.append(of_band)
                 continue
             rows = q[:, :, part]
-            if move_query is not None and tokens_before is not None:
-                rows = move_query(rows, tokens_before[:, part])
+            if rotation is not None and tokens_before is not None:
+                rows = rotation.move_query(rows, tokens_before[:, part])
             parts.append(merge(*of_band, *_over(rows, its_sinks, seen, scale, softcap)))
     out, lse = join(*parts)
     return out, lse if with_lse else None
+
+
+def _decoded(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Sinks, rotation: SinkRotation | None, index: int, **kwargs: Any
+) -> Attention:
+    """Attention of one token of each sequence over sinks and window at once: in few calls, as each one costs time."""
+    keys, values = sinks.keys.squeeze(2), sinks.values.squeeze(2)
+    if rotation is not None:
+        keys = rotation.move_sinks(keys, index - sinks.positions[:, 0, :1])
+    return attend(q, torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2), Mask(), **kwargs)
 
 
 def _parts(queries: int, sinks: Sinks, visible: Tensor) -> Iterator[tuple[slice, Sinks, Tensor]]:
@@ -119,8 +147,8 @@ def _parts(queries: int, sinks: Sinks, visible: Tensor) -> Iterator[tuple[slice,
         return
     step = max(1, _ROWS // size)
     for i in range(0, blocks, step):
-        keys, values, positions = sinks
-        its_sinks = Sinks(keys[:, :, i : i + step], values[:, :, i : i + step], positions[:, i : i + step])
+        of_blocks = sinks.keys[:, :, i : i + step], sinks.values[:, :, i : i + step]
+        its_sinks = Sinks(*of_blocks, sinks.positions[:, i : i + step])
         yield slice(i * size, min((i + step) * size, queries)), its_sinks, visible[:, i : i + step]
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from zebra.errors import ZebraError
 from zebra.kernels import Mask, attend
 from zebra.kernels.merging import join
-from zebra.kernels.sinks import MoveQuery, sink_attention
+from zebra.kernels.sinks import SinkRotation, sink_attention
 from zebra.model.families import layout, stripes_of
 from zebra.model.opaque_layers import SinkKeys
 from zebra.model.override import attention_modules, overrides_of, set_override
@@ -37,12 +37,12 @@ class LocalAttention:
         full_decode: whether decoded tokens see all tokens before them. The cache knows which tokens are decoded
             (`StripedCache.set_prompt_length`, which `generate` calls). If that was not set, a single new token after
             others counts as decoded.
-        move_query: under Self-Extend, moves queries to the positions from which they see sinks outside the window.
+        rotation: gives sinks outside the window the distances of Self-Extend.
     """
 
     sinks: int = 0
     full_decode: bool = False
-    move_query: MoveQuery | None = field(default=None, compare=False, repr=False)
+    rotation: SinkRotation | None = field(default=None, compare=False, repr=False)
 
     def __bool__(self) -> bool:
         return bool(self.sinks or self.full_decode)
@@ -84,7 +84,7 @@ class LocalAttention:
                 "zebra.model.self_extend.bounded_cache(model)."
             )
         with_sinks = replace(mask, sinks=self.sinks)
-        attend_with_sinks: Any = partial(sink_attention, move_query=self.move_query, **kwargs)
+        attend_with_sinks: Any = partial(sink_attention, rotation=self.rotation, **kwargs)
         if prompt == new:
             cached = sinks if start > 0 else None  # else the keys include them
             return attend_with_sinks(query, key, value, with_sinks, cached=cached, start=start)

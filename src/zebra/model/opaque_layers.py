@@ -155,7 +155,7 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
     """
 
     _STATES = ("sink_keys", "sink_values", "positions", "_first_real")
-    _TAIL = (*TrimmedSlidingLayer._TAIL, *_STATES, "_is_complete")
+    _TAIL = (*TrimmedSlidingLayer._TAIL, *_STATES, "_last")
 
     def __init__(self, sliding_window: int, sinks: int) -> None:
         super().__init__(sliding_window)
@@ -167,13 +167,13 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
         self.sink_values: Any = None
         self.positions: Any = None
         self._first_real: Any = None  # (B), the index of each sequence's first real token
-        self._is_complete = False
+        self._last: int | None = None  # the index of the last sink of all sequences, once all are stored
         self._unstored: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Tensor]:
         """Append keys and values (B, K, T, D); return those that the new queries may see. `store` adds the sinks."""
         keys, values = super().update(key_states, value_states)
-        self._unstored = None if self._is_complete else (key_states, value_states)
+        self._unstored = None if self._last is not None else (key_states, value_states)
         return SinkKeys(keys, self.cumulative_length - keys.shape[-2], layer=self), values
 
     def store(self, real: Tensor | None) -> Sinks:
@@ -185,7 +185,8 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
         if self._unstored is not None:
             self._write(*self._unstored, real)
             self._unstored = None
-        return Sinks(self.sink_keys.unsqueeze(2), self.sink_values.unsqueeze(2), self.positions.unsqueeze(1))
+        keys, values = self.sink_keys.unsqueeze(2), self.sink_values.unsqueeze(2)
+        return Sinks(keys, values, self.positions.unsqueeze(1), self._last)
 
     def _write(self, keys: Tensor, values: Tensor, real: Tensor | None) -> None:
         batch, heads, new, size = keys.shape
@@ -208,7 +209,8 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
             sinks.transpose(1, 2).index_put((entries, slots), states.transpose(1, 2)[entries, columns]).transpose(1, 2)
             for sinks, states in ((self.sink_keys, keys), (self.sink_values, values))
         )
-        self._is_complete = bool((self._first_real + self.sinks <= end).all())
+        is_complete = bool((self._first_real + self.sinks <= end).all())
+        self._last = int(self.positions.max()) if is_complete else None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens, and the sinks among them."""
@@ -226,7 +228,7 @@ class SinkLayer(PerSequenceStates, TrimmedSlidingLayer):
         return {
             "positions": self.positions.masked_fill(self.positions >= end, NO_POSITION),
             "_first_real": first,
-            "_is_complete": self._is_complete and bool((first + self.sinks <= end).all()),
+            "_last": self._last if bool((first + self.sinks <= end).all()) else None,
         }
 
     def reset(self) -> None:

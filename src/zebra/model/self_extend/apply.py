@@ -79,7 +79,7 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
             extended.add(layer.rope)
             set_override(layer.module, SelfExtendAttention(rotation, layer.module.layer_idx, first=first))
         else:
-            set_override(layer.module, replace(local, move_query=rotation.move_query))
+            set_override(layer.module, replace(local, rotation=rotation))
     if not extended:
         remedy = "Load it without Self-Extend."
         if getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types"):

@@ -156,13 +156,17 @@ class GroupedRotation:
         return latest  # another thread may have replaced the attribute
 
     def move_query(self, query: Tensor, tokens_before: Tensor) -> Tensor:
-        """Queries (B, H, T, D) of a local layer at the positions from which they see sinks outside the window, float32.
-
-        tokens_before: (1 or B, T), the number of tokens before each in its text.
-        """
+        """As `SinkRotation.move_query`, to the positions `sink_query`; in float32 or more."""
         dtype, frequencies = torch.promote_types(query.dtype, torch.float32), self.frequencies(query.device)
         moved = sink_query(tokens_before, self.setting.group, self.setting.window)
         return rotate(query.to(dtype), rotation_between(frequencies, tokens_before, moved, dtype))
+
+    def move_sinks(self, keys: Tensor, tokens_before: Tensor) -> Tensor:
+        """As `SinkRotation.move_sinks`: by as much as `move_query` moves the query."""
+        dtype, frequencies = torch.promote_types(keys.dtype, torch.float32), self.frequencies(keys.device)
+        step = tokens_before - sink_query(tokens_before, self.setting.group, self.setting.window)
+        positions = torch.arange(keys.shape[2], device=keys.device)[None]
+        return rotate(keys, rotation_between(frequencies, positions, positions + step, dtype))
 
     def rotation_of_all_keys(self, positions: _Positions) -> Rotation:
         """The rotation of all S keys, those of earlier tokens included."""

@@ -131,9 +131,9 @@ class SequenceParallelAttention:
         for own, tokens, queries, of_chunk, its_mask in zip(
             held, seen, query.chunk(2, dim=2), fetched, masks, strict=True
         ):
-            if isinstance(self.own, LocalAttention) and self.own.move_query is not None:
+            if isinstance(self.own, LocalAttention) and self.own.rotation is not None:
                 tokens_before = _tokens_before(own, whole, key.device)
-                run = partial(sink_attention, move_query=self.own.move_query, tokens_before=tokens_before)
+                run = partial(sink_attention, rotation=self.own.rotation, tokens_before=tokens_before)
             if isinstance(self.own, SelfExtendAttention):
                 up_to = _positions_up_to(positions, sequence_positions, held[0].start, tokens.stop)
                 run = partial(self.own.attend, module, up_to)
