@@ -33,14 +33,18 @@ _SELECT = (
     f"select {MODEL} --length 8192 --order once "
     "--text examples/books/train/moby_dick.txt --text examples/books/train/pride_and_prejudice.txt"
 )
-
-
-def _ways(length: int) -> str:
-    """The methods that are compared beyond the trained length; stripes without sinks only where they reach it."""
-    layouts = (CHOSEN_WITH_SINKS, f"{CHOSEN}+4", "GL:1024", CHOSEN)
-    own = [f"--with 'stripes={layout} self_extend=auto:{length}'" for layout in layouts]
-    return f"--methods linear,yarn,dynamic,self-extend,stripes,stripes+self-extend {' '.join(own)}"
-
+_ALL = f"--methods linear,yarn,dynamic,self-extend,stripes,stripes+self-extend --with stripes={CHOSEN} --with "
+_EXTENDED = f"'stripes={CHOSEN} self_extend=auto:"
+_WITH_SINKS = " ".join(
+    f"--with '{one} self_extend=auto:16384'"
+    for one in (
+        f"stripes={CHOSEN_WITH_SINKS}",
+        f"stripes={CHOSEN}+4",
+        "stripes=GL:1024",
+        f"stripes={CHOSEN}",
+        "checkpoint=runs/lcat-smollm2-sinks/model",
+    )
+)
 
 PARTS = {
     "selection": (
@@ -60,10 +64,18 @@ PARTS = {
     "lit": ("runs/lit-smollm2", "tune recipes/lit-smollm2-cpu.yaml"),
     "16k": (
         "runs/smollm2-16k",
-        f"{_COMPARE} --length 16384 {_ways(16384)} --with 'checkpoint=runs/lcat-smollm2-sinks/model "
-        "self_extend=auto:16384' --windows 16 --samples 10 --task passkey",
+        f"{_COMPARE} --length 16384 --stripes GL:1024 {_ALL}{_EXTENDED}16384' "
+        "--with 'checkpoint=runs/lcat-smollm2/model self_extend=auto:16384' --windows 16 --samples 10",
     ),
-    "32k": ("runs/smollm2-32k", f"{_COMPARE} --length 32768 {_ways(32768)} --windows 6 --samples 4 --task passkey"),
+    "16k-sinks": (
+        "runs/smollm2-16k-sinks",
+        f"{_COMPARE} --length 16384 --methods yarn,self-extend,stripes+self-extend {_WITH_SINKS} "
+        "--windows 8 --samples 2 --task passkey",
+    ),
+    "32k": (
+        "runs/smollm2-32k",
+        f"{_COMPARE} --length 32768 --stripes GL:1024 {_ALL}{_EXTENDED}32768' --windows 6 --samples 4",
+    ),
     "groups": (
         "runs/smollm2-groups",
         f"{_COMPARE} --length 16384 --windows 16 --samples 10 --task passkey --methods self-extend "
@@ -71,8 +83,8 @@ PARTS = {
     ),
     "8k": (
         "runs/smollm2-8k",
-        f"{_COMPARE} --length 8192 --windows 16 --samples 10 --methods stripes --with stripes={CHOSEN} "
-        + " ".join(f"--with checkpoint=runs/{run}/model" for run in TRAINED),
+        f"{_COMPARE} --length 8192 --stripes GL:1024 --windows 16 --samples 10 --methods stripes "
+        f"--with stripes={CHOSEN} " + " ".join(f"--with checkpoint=runs/{run}/model" for run in TRAINED),
     ),
 }
 """Of each part the folder that its command writes, and the command without it."""

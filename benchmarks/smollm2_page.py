@@ -228,7 +228,7 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
 
 
 def _sink_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
-    compared, extended = Compared(parts.get("16k", ())), f", self-extend {AUTO}"
+    compared, extended = Compared(parts.get("16k-sinks", ())), f", self-extend {AUTO}"
     for layout, name in ((f"GL:{WINDOW}", f"GL:{WINDOW}"), (CHOSEN, "the chosen layout")):
         shares = []
         for span in ((4096, 8192), (8192, 16384)):
@@ -303,6 +303,7 @@ def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
     """What each part shows."""
     return [
         _comparison(parts, "16k", "16,384 tokens, twice the trained length"),
+        _comparison(parts, "16k-sinks", "16,384 tokens, with attention sinks"),
         _comparison(parts, "32k", "32,768 tokens, four times the trained length"),
         _comparison(parts, "groups", "Self-Extend by group and window"),
         selection.selection(parts.get("selection", [])),
