@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
 
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
@@ -27,6 +22,7 @@ from zebra.report.pivot import interval_cell, split, table, where
 from zebra.report.series import Span, buckets, by_kind, percent, short_layouts, span_name, span_of
 from zebra.results import Result, read_results
 from zebra_bench.configs import SMOLLM2_STRIPES as CHOSEN
+from zebra_bench.configs import SMOLLM2_STRIPES_WITH_SINKS as CHOSEN_WITH_SINKS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -335,32 +331,19 @@ def _selection_with_sinks(results: list[Result]) -> Section:
 
 
 def picture(results: Sequence[Result]) -> Figure:
-    """Perplexity by position of the methods that keep all layers global."""
-    names = {"full": "unchanged", "full yarn": "YaRN", "full, self-extend": "Self-Extend"}
-    here = [
-        one for one in results if one.metric == "perplexity" and (one.position_from, one.position_to) != (0, one.length)
-    ]
-    method_of = {one.layout: re.split(r":|(?<=extend) ", one.layout)[0] for one in here}
-    shown = [one for name in names for one in here if method_of[one.layout] == name]
-    lines = [replace(one, low=None, high=None) for one in shown]  # the page has the intervals
-    legend = {layout: names[method] for layout, method in method_of.items() if method in names}
-    return Figure("smollm2", [partial(_plot_lines, results=lines, named=legend)], height=2.9)
-
-
-def _plot_lines(axes: Axes, results: Sequence[Result], named: Mapping[str, str]) -> None:
-    """The lines, and their last values at their ends."""
-    plot_positions(axes, results, named)
-    axes.set_ylim(bottom=0.93 * axes.get_ylim()[0])  # room for the last value
-    for line, above in zip(axes.lines, itertools.cycle((True, True, False)), strict=False):
-        points: Any = line.get_xydata()
-        x, y = points[-1]
-        axes.annotate(
-            f"{y:.{1 if y >= 100 else 2}f}",
-            (x, y),
-            (7, 3 if above else -9),
-            textcoords="offset points",
-            color=line.get_color(),
-        )
+    """Perplexity by position of the ways that read twice the trained length well, beside the unchanged checkpoint."""
+    names = {
+        "full": "unchanged",
+        "full yarn:2": "YaRN",
+        f"full, self-extend {AUTO}": "Self-Extend",
+        f"{CHOSEN_WITH_SINKS}, self-extend {AUTO}": "Self-Extend, 8 of 30 layers global",
+    }
+    here = [one for one in results if one.metric == "perplexity" and one.model == MODEL and one.layout in names]
+    buckets_of = [one for one in here if (one.position_from, one.position_to) != (0, one.length)]
+    shown = [replace(one, low=None, high=None) for one in buckets_of]  # the page has the intervals
+    last = {one.layout: one.value for one in shown if one.position_to == one.length}
+    legend = {name: f"{names[name]}: {value:.{1 if value >= 100 else 2}f}" for name, value in last.items()}
+    return Figure("smollm2", [partial(plot_positions, results=shown, named=legend)], height=2.9)
 
 
 def write_page(names: Sequence[str]) -> None:
@@ -377,7 +360,7 @@ def write_page(names: Sequence[str]) -> None:
     shown = [section for section in [checklist(parts), *sections(parts), method(results)] if section.blocks]
     for figure in page.figures_of(shown):
         atomic_write(PICTURES.with_name(f"{PICTURES.name}-{figure.name}.svg"), figure.standalone)
-    if longest := parts.get("32k") or parts.get("16k"):
+    if longest := parts.get("16k-sinks"):
         atomic_write(PICTURES.with_suffix(".svg"), picture(longest).standalone)
-    advice = [line for part in ("16k", "32k") for line in methods.method_summaries(parts.get(part, []))]
+    advice = [line for part in ("16k-sinks", "32k") for line in methods.method_summaries(parts.get(part, []))]
     atomic_write(PAGE, page.markdown("../images/smollm2", "SmolLM2-135M-Instruct", advice, shown))
