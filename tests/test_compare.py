@@ -123,7 +123,7 @@ def test_sinks_and_full_decoding_are_planned() -> None:
 
 
 def test_stripes_have_sinks_unless_positions_are_alibi(checkpoints: Callable[..., Path]) -> None:
-    for position_embedding, layout in (("rope", "GL:64+4"), ("alibi", "GL:64")):
+    for position_embedding, layout in (("rotary", "GL:64+4"), ("alibi", "GL:64")):
         config = read_config(checkpoints("zebra_study", position_embedding=position_embedding))
         assert str(default_stripes(config, 512)) == layout
 
