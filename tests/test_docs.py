@@ -208,6 +208,9 @@ def test_the_page_of_smollm2_is_that_of_its_results(tmp_path: Path, monkeypatch:
     assert len(lines) == 8
     for cells in lines:
         assert all(cell.strip("*") in page for cell in cells), cells
+    numbers = re.findall(r"\| (\d\d\.\d\d)(?= \|)", (ROOT / "docs" / "untrained.md").read_text())
+    assert len(numbers) == 12
+    assert all(f"| {number} " in page for number in numbers), numbers
 
 
 def test_pictures_have_no_formulas_in_place_of_numbers() -> None:
