@@ -8,7 +8,7 @@
     none              no change
 
 transformers computes the frequencies. In a model with one rope for each kind of layer, only that of the global layers
-changes: a local layer never looks beyond its window.
+changes: a local layer never looks beyond its window, except at attention sinks.
 """
 
 from __future__ import annotations
