@@ -56,10 +56,10 @@ PARTS = {
     "sinks": ("runs/lcat-smollm2-sinks", f"{_LCAT} --set stripes={CHOSEN}+4"),
     "offset": ("runs/lcat-smollm2-offset", f"{_LCAT} --set stripes=GL:1024"),
     "full": ("runs/lcat-smollm2-full", f"{_LCAT} --set stripes=null"),
-    "chosen-16k": (
+    "sinks-16k": (
         "runs/lcat-smollm2-16k",
-        f"{_LCAT} --set model=runs/lcat-smollm2/model --set rope=yarn:2 --set train.length=16384 "
-        "--set evaluate.length=16384 --set train.max_steps=25",
+        f"{_LCAT} --set stripes={CHOSEN}+4 --set model=runs/lcat-smollm2-sinks/model --set rope=yarn:2 "
+        "--set train.length=16384 --set train.max_steps=12 --set evaluate.length=16384 --set evaluate.eval_steps=null",
     ),
     "lit": ("runs/lit-smollm2", "tune recipes/lit-smollm2-cpu.yaml"),
     "16k": (
@@ -74,11 +74,13 @@ PARTS = {
     ),
     "32k": (
         "runs/smollm2-32k",
-        f"{_COMPARE} --length 32768 --stripes GL:1024 {_ALL}{_EXTENDED}32768' --windows 6 --samples 4",
+        f"{_COMPARE} --length 32768 --methods self-extend --with 'stripes={CHOSEN_WITH_SINKS} self_extend=auto:32768' "
+        "--with 'checkpoint=runs/lcat-smollm2-sinks/model self_extend=auto:32768' "
+        "--windows 6 --samples 2 --task passkey",
     ),
     "groups": (
         "runs/smollm2-groups",
-        f"{_COMPARE} --length 16384 --windows 16 --samples 10 --task passkey --methods self-extend "
+        f"{_COMPARE} --length 16384 --windows 8 --samples 2 --task passkey --methods self-extend "
         + " ".join(f"--with self_extend={one}" for one in GROUPS),
     ),
     "8k": (
