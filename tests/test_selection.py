@@ -367,6 +367,13 @@ def test_a_model_whose_layers_have_fixed_kinds_is_refused(checkpoints: Any) -> N
         select(checkpoints("gemma2", layer_types=["full_attention"] + ["sliding_attention"] * 4), 1, **ARGUMENTS)
 
 
+def test_sinks_under_alibi_are_refused(checkpoints: Any, tokenizer: Any) -> None:
+    source = checkpoints("zebra_study", position_embedding="alibi", vocab_size=512)
+    tokenizer.save_pretrained(source)
+    with pytest.raises(ZebraError, match=r"sinks are not supported with ALiBi, .* got L:32\+4"):
+        select(source, 1, **ARGUMENTS | {"window": "32+4"})
+
+
 def test_a_folder_keeps_to_its_inputs(tmp_path: Path) -> None:
     work = tmp_path / "work"
     select(STORIES, 4, work=work, order="once", **ARGUMENTS)

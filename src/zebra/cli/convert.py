@@ -204,7 +204,9 @@ def verify(
     ] = None,
     length: Annotated[
         int | None,
-        typer.Option(min=2, metavar="INT", help="Tokens of the long checks. Default: a little more than 1.5 windows."),
+        typer.Option(
+            min=2, metavar="INT", help="Tokens of the long checks. Default: enough for keys beyond the window."
+        ),
     ] = None,
     seed: options.Seed = 0,
     dtype: Annotated[

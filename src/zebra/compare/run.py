@@ -47,7 +47,7 @@ from zebra.model.checkpoint import checkpoint_digests
 from zebra.model.families import stripes_of
 from zebra.model.load import device_name
 from zebra.model.load_options import loaded_layout_name
-from zebra.model.local import local_attention_of
+from zebra.model.local import local_attention_of, supports_sinks
 from zebra.model.self_extend import self_extend_of
 from zebra.plan.cost import BYTES, Run
 from zebra.plan.decoder import decoder_from_config
@@ -122,8 +122,7 @@ def compare(
 
 def default_stripes(config: PreTrainedConfig, length: int) -> Stripes:
     """Every second layer global, a window of an eighth of the length, and four sinks, which ALiBi does not support."""
-    has_alibi = getattr(config, "position_embedding", None) == "alibi"
-    return Stripes(max(1, length // 8), pattern="GL", sinks=0 if has_alibi else 4)
+    return Stripes(max(1, length // 8), pattern="GL", sinks=4 if supports_sinks(config) else 0)
 
 
 class _Comparison:

@@ -45,6 +45,7 @@ from zebra.files import atomic_write
 from zebra.model.checkpoint import checkpoint_digests
 from zebra.model.families import FULL, stripes_of, with_stripes
 from zebra.model.load import read_device
+from zebra.model.local import check_sinks
 from zebra.model.rope import as_rope
 from zebra.plan.budget import layers_within
 from zebra.plan.cost import BYTES, Run
@@ -105,14 +106,15 @@ def select(
         check_only: load no model; the result is the number of tokens that it would read, with a placeholder layout.
 
     Raises:
-        ZebraError: a budget that leaves nothing to select, a model whose layers have fixed kinds, too little text, a
-            length within the window or beyond the model's reach, or a folder of something else; see also `zebra.load`
-            and `zebra.data.needles.SampleGenerator`.
+        ZebraError: a budget that leaves nothing to select, a model whose layers have fixed kinds, sinks under ALiBi,
+            too little text, a length within the window or beyond the model's reach, or a folder of something else; see
+            also `zebra.load` and `zebra.data.needles.SampleGenerator`.
     """
     local, tasks = Stripes.parse(f"L:{window}"), names_of(tasks)
     _check(order, local.window, length, text, tasks, samples)
     loading = {"rope": rope, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     target = EvalTarget(checkpoint, purpose="converting", **loading)
+    check_sinks(target.config, local)
     source = _source_layers(target.config, local)
     which = global_layers(source)
     target.check_length(length)

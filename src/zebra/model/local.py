@@ -23,7 +23,7 @@ from zebra.kernels.sinks import SinkRotation, sink_attention
 from zebra.model.families import layout, stripes_of
 from zebra.model.opaque_layers import SinkKeys
 from zebra.model.override import attention_modules, overrides_of, set_override
-from zebra.stripes import LOCAL
+from zebra.stripes import LOCAL, Stripes
 
 _log = logging.getLogger(__name__)
 
@@ -103,14 +103,28 @@ class LocalAttention:
         return min(max(keys.prompt_length - past, 0), new)
 
 
+def supports_sinks(config: PreTrainedConfig) -> bool:
+    """Whether local layers may have sinks: not under ALiBi, which lowers distant scores."""
+    return getattr(config, "position_embedding", None) != "alibi"
+
+
+def check_sinks(config: PreTrainedConfig, local: LocalAttention | Stripes) -> None:
+    """Check that a model supports the sinks of a layout.
+
+    Raises:
+        ZebraError: sinks under ALiBi.
+    """
+    if local.sinks and not supports_sinks(config):
+        raise ZebraError(f"sinks are not supported with ALiBi, which lowers distant scores; got {local}. Remove them.")
+
+
 def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
     """Set the override on the local layers of a loaded model.
 
     Raises:
         ZebraError: no local layers; sinks under ALiBi.
     """
-    if local.sinks and getattr(model.config, "position_embedding", None) == "alibi":
-        raise ZebraError(f"sinks are not supported with ALiBi, which lowers distant scores; got {local}. Remove them.")
+    check_sinks(model.config, local)
     stripes = stripes_of(model.config)
     kinds = stripes.layer_types(model.config.num_hidden_layers) if stripes else ()
     if LOCAL not in kinds:

@@ -63,21 +63,22 @@ class FormulaAttention:
         n, step = q.shape[2], max(1, _SCORES_AT_A_TIME // (q.shape[0] * q.shape[1] * q.shape[2]))
         group = q.shape[1] // k.shape[1]
         keys, values = (x.double().repeat_interleave(group, dim=1) for x in (k, v))
-        j = torch.arange(n, device=q.device)[None, :]
+        each = torch.arange(n, device=q.device)
         outs, lses = [], []
         for start in range(0, n, step):
-            i = j.T[start : start + step]
-            queries = q[:, :, start : start + step].double()
+            end = start + step  # later keys are not visible
+            i, j = each[start:end, None], each[None, :end]
+            queries = q[:, :, start:end].double()
             if self.layer.window is None and self.setting is not None and self.setting.log_scale:
                 queries = queries * self.setting.query_scale(i, self.trained)
-            scores = self._products(queries, keys, i, j) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            scores = self._products(queries, keys[:, :, :end], i, j) * (q.shape[-1] ** -0.5 if scale is None else scale)
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             visible = masks.causal(i, j)
             if self.layer.window is not None:
                 visible &= masks.within(i, j, self.layer.window) | masks.sink(j, 0, self.layer.sinks)
             scores = scores.masked_fill_(~visible, -math.inf)
-            outs.append(scores.softmax(dim=-1) @ values)
+            outs.append(scores.softmax(dim=-1) @ values[:, :, :end])
             lses.append(scores.logsumexp(dim=-1))
         return torch.cat(outs, dim=2).to(q.dtype), torch.cat(lses, dim=2)
 
