@@ -93,6 +93,31 @@ def test_the_chunk_does_not_show(monkeypatch: pytest.MonkeyPatch, chunk: int) ->
     torch.testing.assert_close(losses[:, 1:].double().sum(), full_logits(states, head, labels), rtol=1e-6, atol=1e-5)
 
 
+def test_bfloat16_instructions_round_no_bfloat16_values() -> None:
+    """A contract with torch: float32 products by bfloat16 instructions are exact of such values, sums are float32."""
+    states, head, labels = (x.bfloat16() if x.is_floating_point() else x for x in drawn(1, 1100, 64, 512))
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    logits = states.double() @ head.double().T
+    expected = functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none")
+    torch.testing.assert_close(
+        token_losses(states, head_with(head), labels)[0, 1:].double(), expected, rtol=1e-5, atol=0
+    )
+    with module.products_of_bfloat16():
+        torch.testing.assert_close((states.float() @ head.float().T).double(), logits, rtol=1e-5, atol=1e-4)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_mixed_precision_rounds_only_operands(fused: bool) -> None:
+    states, head, labels = drawn(1, 1100, 64, 512)
+    states.requires_grad_()
+    expected = full_logits(states, head, labels)
+    output = summed_loss(states, head_with(head), labels, mixed_precision=True)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-3, atol=0)
+    one, other = (torch.autograd.grad(loss, states)[0] for loss in (output, expected))
+    assert (one - other).norm() <= 1e-2 * other.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
 def test_the_fallback_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FUSED", False)
     monkeypatch.setattr(module, "CHUNK", 10)

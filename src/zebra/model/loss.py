@@ -8,6 +8,8 @@ and the head is applied here, to a chunk of tokens at a time. A router's auxilia
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +66,27 @@ class Head:
                 "computed in chunks. Evaluate it with `zebra evaluate tasks`."
             )
 
+    @torch.no_grad()
+    def losses(self, states: Tensor, targets: Tensor) -> Tensor:
+        """The float32 loss, (n,), of each of the states (n, hidden) that predict the tokens `targets` (n).
+
+        At targets that are `IGNORE` the value means nothing.
+        """
+        parameters, weight = self._float32_parameters(), self._plain_weight()
+        are_exact = {states.dtype, *(one.dtype for one in self.module.parameters())} == {torch.bfloat16}
+        losses = [states.new_empty(0, dtype=torch.float32)]
+        products: Tensor | None = None
+        with products_of_bfloat16(are_exact):
+            for x, y in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
+                if weight is None:
+                    logits = self._logits(x, parameters)
+                else:  # into the memory of the last chunk: a CPU takes as long to get new memory as to fill it
+                    out = None if products is None else products[: len(x)]
+                    products = torch.mm(x.float(), parameters.get("weight", weight).mT, out=out)
+                    logits = self._scaled(products)
+                losses.append(_overwriting_loss(logits, y))
+        return torch.cat(losses)
+
     def summed_loss(self, states: Tensor, targets: Tensor) -> Tensor:
         """The sum, (), of the losses of states (n, hidden) that predict the tokens `targets` (n)."""
         states, weight = states.float(), self._plain_weight()
@@ -85,7 +108,11 @@ class Head:
         return total
 
     def _logits(self, states: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        logits = functional_call(self.module, parameters, (states.float(),)).float() * self.scale
+        return self._scaled(functional_call(self.module, parameters, (states.float(),)).float())
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """The logits from the module's output."""
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _float32_parameters(self) -> dict[str, Tensor]:
@@ -99,6 +126,29 @@ class Head:
         changed = "forward" in vars(module) or any(hooks for name, hooks in vars(module).items() if "_hooks" in name)
         is_plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.bias is None
         return module.weight if is_plain and not changed else None  # type: ignore[return-value]
+
+
+@contextmanager
+def products_of_bfloat16(are_bfloat16: bool = True) -> Iterator[None]:
+    """Let the CPU multiply float32 by its bfloat16 instructions, if it has them; sums stay float32.
+
+    Operands are rounded to bfloat16, which changes nothing in values that were bfloat16 before.
+    """
+    products = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = products.fp32_precision
+    products.fp32_precision = "bf16" if are_bfloat16 else before
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+
+def _overwriting_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(z)[target] of logits z (n, V), which are overwritten: (n,)."""
+    chosen = logits.gather(1, targets.clamp(min=0)[:, None])
+    largest = logits.amax(1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    return (sums.log_() + largest - chosen)[:, 0]
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -139,19 +189,20 @@ def _no_positions(device: torch.device | str) -> Tensor:
     return torch.zeros(0, dtype=torch.long, device=device)
 
 
-def summed_loss(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+def summed_loss(hidden: Tensor, head: Head, labels: Tensor, *, mixed_precision: bool = False) -> Tensor:
     """The sum of the losses of all predicted tokens, in float32.
 
     Args:
         hidden: (B, T, hidden) states before the head.
         labels: (B, T), the tokens themselves, or `IGNORE` for a token that is not to be predicted. Or (B, T + 1), with
             the token after the T, which is then predicted too.
+        mixed_precision: let a CPU round the operands of the head's products to bfloat16, as those of the other layers.
 
     Returns:
         A scalar, ().
     """
     # With bfloat16 inputs torch 2.13 returns a wrong value (its gradients are right): float32 in, and no autocast.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), products_of_bfloat16(mixed_precision):
         states, targets = _shifted(hidden, labels)
         predicted = targets != IGNORE
         if not bool(predicted.all()):  # an answer is a small part of an instruction: the head runs on it only
@@ -190,9 +241,8 @@ def losses_at(hidden: Tensor, head: Head, labels: Tensor, at: Tensor) -> Tensor:
 
 
 def _each(states: Tensor, head: Head, targets: Tensor) -> Tensor:
-    chunks = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
     with torch.autocast(states.device.type, enabled=False):
-        return torch.cat([functional.cross_entropy(head.logits(x), y, reduction="none") for x, y in chunks])
+        return head.losses(states, targets)
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -201,7 +201,8 @@ class _AnswerTrainer(ParallelTrainer, SFTTrainer):
         labels = inputs["labels"]
         names = {"input_ids", "position_ids", *WHOLE} & inputs.keys()
         outputs = model(**{name: inputs[name] for name in names}, **without_logits(labels.device))
-        total = summed_loss(outputs.hidden_states[-1], head_of(self.accelerator.unwrap_model(model)), labels)
+        head = head_of(self.accelerator.unwrap_model(model))
+        total = summed_loss(outputs.hidden_states[-1], head, labels, mixed_precision=self.args.bf16)
         check_loss(total, self)
         if num_items_in_batch is None:
             return total / (labels[:, 1:] != IGNORE).sum().clamp(min=1)

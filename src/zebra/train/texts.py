@@ -66,7 +66,9 @@ class TextTraining(TrainingData):
             arguments["train_sampling_strategy"] = "sequential"
 
         def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-            total = summed_loss(outputs.hidden_states[-1], head_of(model), labels)
+            total = summed_loss(
+                outputs.hidden_states[-1], head_of(model), labels, mixed_precision=self.recipe.train.bf16
+            )
             check_loss(total, trainer)
             return total / (num_items_in_batch if num_items_in_batch is not None else (labels[:, 1:] >= 0).sum())
 
