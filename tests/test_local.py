@@ -23,7 +23,7 @@ from zebra.kernels import Mask, attend
 from zebra.model.cache import StripedCache
 from zebra.model.checkpoint import read_local_attention
 from zebra.model.load_options import loaded_layout_name
-from zebra.model.local import LocalAttention, local_attention_of
+from zebra.model.local import LocalAttention, local_attention_of, set_local_attention
 from zebra.model.opaque_layers import FullDecodeLayer, SinkKeys, SinkLayer
 from zebra.model.override import get_override, overriding_attention
 from zebra.model.self_extend import SelfExtendAttention, bounded_cache
@@ -448,7 +448,9 @@ def test_what_has_no_local_layers_is_refused(arguments: dict[str, Any], why: str
         zebra.load(checkpoints("llama"), **arguments)
 
 
-@pytest.mark.parametrize("card", ["{", "[]", '{"sinks": -1}', '{"sinks": true}', '{"full_decode": 1}'])
+@pytest.mark.parametrize(
+    "card", ["{", "[]", '{"sinks": -1}', '{"sinks": 2147483648}', '{"sinks": true}', '{"full_decode": 1}']
+)
 def test_a_broken_zebra_json_is_refused(card: str, stories: Path) -> None:
     (stories / "zebra.json").write_text(card)
     with pytest.raises(ZebraError, match=r"zebra\.json"):
@@ -459,6 +461,37 @@ def test_converting_without_local_layers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ZebraError, match="the layout full has none"):
         zebra.convert(STORIES, tmp_path / "out", "G:9", full_decode=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_converting_with_sinks_under_alibi_is_refused(checkpoints: MakeCheckpoint, tmp_path: Path) -> None:
+    source = checkpoints("zebra_study", position_embedding="alibi")
+    with pytest.raises(ZebraError, match="sinks are not supported with ALiBi"):
+        zebra.convert(source, tmp_path / "out", "GL:9+3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sinks_come_before_self_extend(checkpoints: MakeCheckpoint) -> None:
+    model = zebra.load(checkpoints("llama"), stripes="GL:9", self_extend="3:7")
+    with pytest.raises(ZebraError, match=r"3 sinks must be set before other overrides .* has SelfExtendAttention"):
+        set_local_attention(model, LocalAttention(3))
+
+
+def test_full_decoding_beyond_the_trained_length_has_a_warning(
+    checkpoints: MakeCheckpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    zebra.load(checkpoints("llama"), stripes="GL:9+3", full_decode=True)
+    assert not caplog.messages
+    zebra.load(checkpoints("llama"), stripes="GL:9+3", full_decode=True, self_extend="3:7")
+    assert "beyond the trained length these are new to the model" in caplog.messages[-1]
+
+
+def test_a_decoded_token_sees_sinks_as_exactly_as_a_prompt_does() -> None:
+    """However far it is: both round the angle of the query's position alike, and it cancels."""
+    model = zebra.load(STORIES, stripes="GL:64+4", self_extend="128:256", dtype=torch.float64)
+    ids = tokens(1, 2000)
+    whole = logits(model, ids, logits_to_keep=8)
+    decoded = in_parts(model, ids, [1992] + [1] * 8)
+    assert off(decoded[:, -8:], whole) < 1e-12
 
 
 def test_a_plain_cache_has_no_store(checkpoints: MakeCheckpoint) -> None:

@@ -664,6 +664,13 @@ def test_ropes_that_can_be_rotated_again_are_estimated(rope: dict[str, Any]) -> 
     assert Run(decoder=read, stripes=None, length=9, self_extend=SelfExtend(8, 1024)).self_extend
 
 
+def test_more_sinks_than_the_window_of_self_extend_are_not_planned(zebra: Zebra) -> None:
+    refused(
+        zebra("plan", STORIES, "--length", 2048, "--stripes", "GL:64+400", "--self-extend", "8:128"),
+        "at most as many sinks",
+    )
+
+
 def test_a_checkpoint_is_planned_with_its_sinks_and_full_decoding(zebra: Zebra, tmp_path: Path) -> None:
     """config.json has no field for them; the plan used to count a cache of the window instead of all tokens."""
     path = tmp_path / "striped"

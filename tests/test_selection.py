@@ -313,6 +313,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"samples": 3}, "at least 4 samples"),
     ({"samples": 10**6}, r"must have 1,000,000 sequences of 160 tokens in its documents"),
     ({"window": 160}, "a window of 160"),
+    ({"window": "150+10"}, "a window of 150 with 10 sinks"),
     ({"window": 0}, "an integer from 1"),
     ({"length": 600}, "600 tokens exceeds the 512 positions"),
     ({"text": [], "tasks": ["passkey"], "length": 40}, "passkey requires a length of at least"),

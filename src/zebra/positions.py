@@ -59,8 +59,8 @@ def grouped_key(j: Position, group: int) -> Position:
 def sink_query(i: Position, group: int, window: int) -> Position:
     """The position from which a query sees the sinks of a local layer: min(i, floor(i / G) + W - floor(W / G)).
 
-    The minimum is i exactly where i < W. Sinks keep their positions, so the first token is as far away as in a global
-    layer: less than L in a text within the reach. No distance is negative if there are at most W sinks.
+    That is i wherever i <= W. Sinks keep their positions, so the first token is as far away as in a global layer: less
+    than L in a text within the reach. No distance is negative if there are at most W sinks.
     """
     far = grouped_query(i, group, window)
     return min(i, far) if isinstance(i, int) else i.minimum(far)
@@ -132,6 +132,18 @@ class SelfExtend:
             raise ZebraError(
                 f"Self-Extend's window must be below the trained length; got {self} for "
                 f"a model trained at {trained:,} tokens. Lower the window, for example to {max(1, trained // 4)}."
+            )
+
+    def check_sinks(self, sinks: int) -> None:
+        """Check that the number of sinks of local layers is at most W, so that no distance is negative (`sink_query`).
+
+        Raises:
+            ZebraError: it is larger.
+        """
+        if sinks > self.window:
+            raise ZebraError(
+                "Self-Extend requires at most as many sinks as keys in its window, so that no distance is negative; "
+                f"got {sinks} sinks and {self}. Use fewer sinks or a larger window."
             )
 
     def query_scale(self, positions: Tensor, trained: int) -> Tensor:
@@ -228,6 +240,6 @@ def check_rotatable_rope(family: str, kind: str | None) -> None:
 def no_global_layer(family: str, remedy: str = "Use a layout with a global layer, or drop Self-Extend.") -> ZebraError:
     """The error for a model in which no layer is left to extend."""
     return ZebraError(
-        f"this {family} has no global layer with a rotary embedding, so Self-Extend has nothing to extend: local "
-        f"layers never look beyond their window. {remedy}"
+        f"this {family} has no global layer with a rotary embedding, so Self-Extend has nothing to extend: a "
+        f"local layer sees its window and its sinks. {remedy}"
     )

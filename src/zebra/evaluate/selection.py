@@ -111,7 +111,7 @@ def select(
             also `zebra.load` and `zebra.data.needles.SampleGenerator`.
     """
     local, tasks = Stripes.parse(f"L:{window}"), names_of(tasks)
-    _check(order, local.window, length, text, tasks, samples)
+    _check(order, local, length, text, tasks, samples)
     loading = {"rope": rope, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     target = EvalTarget(checkpoint, purpose="converting", **loading)
     check_sinks(target.config, local)
@@ -159,7 +159,7 @@ def select(
     return Selection(_stripes(layouts[order][0], local), results)
 
 
-def _check(order: str, window: int, length: int, text: Names | Corpus, tasks: Sequence[str], samples: int) -> None:
+def _check(order: str, local: Stripes, length: int, text: Names | Corpus, tasks: Sequence[str], samples: int) -> None:
     if order not in ORDERS:
         raise ZebraError(f"order must be {' or '.join(ORDERS)}; got {order!r}. Choose one.")
     if not text and not tasks:
@@ -170,10 +170,11 @@ def _check(order: str, window: int, length: int, text: Names | Corpus, tasks: Se
         raise ZebraError(
             f"a selection requires at least {MIN_SAMPLES} samples, as one in four is held out; got {samples}. Raise it."
         )
-    if length <= window:
+    if length <= local.window + local.sinks:
         raise ZebraError(
-            f"the length must exceed the window, or no global layer is needed; got a length of {length:,} tokens and a "
-            f"window of {window:,}. Use a length of several windows."
+            f"the length must exceed what local layers see, or no global layer is needed; got a length of {length:,} "
+            f"tokens and a window of {local.window:,}{f' with {local.sinks:,} sinks' * bool(local.sinks)}. Use a "
+            "length of several windows."
         )
 
 

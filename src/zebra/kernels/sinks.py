@@ -8,8 +8,8 @@ r"""Local attention with sinks: the band, merged with a small dense attention ov
        S - 1  s s . \ \
 
 A trained model gives much of its attention to the first few tokens, so a window that hides them harms more than its
-length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions; under Self-Extend the queries move
-(`zebra.positions.sink_query`).
+length explains (StreamingLLM, arXiv 2309.17453). Sinks keep their positions; under Self-Extend the queries move to
+others (`zebra.positions.sink_query`), or for a single token the sinks, by the inverse rotation.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def sink_attention(
         sinks, visible = _gather_sinks(k, v, mask, position)
     else:
         sinks, visible = cached, position[:, None] - cached.positions[:, :, None] >= mask.window
-    if rotation is not None and tokens_before is None:
+    if tokens_before is None:
         first = mask.first_tokens(end, q.device)[:, -queries:] if cached is None else cached.positions[:, 0, :1]
         tokens_before = position - first
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -120,7 +120,7 @@ def sink_attention(
                 parts.append(of_band)
                 continue
             rows = q[:, :, part]
-            if rotation is not None and tokens_before is not None:
+            if rotation is not None:
                 rows = rotation.move_query(rows, tokens_before[:, part])
             parts.append(merge(*of_band, *_over(rows, its_sinks, seen, scale, softcap)))
     out, lse = join(*parts)

@@ -276,9 +276,10 @@ def read_local_attention(path: str | os.PathLike[str], **kwargs: Any) -> LocalAt
             f"{values.get('layout')}. Use its source instead: {values.get('source')}."
         )
     sinks, full_decode = values.get("sinks", 0), values.get("full_decode", False)
-    if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or not isinstance(full_decode, bool):
+    is_count = isinstance(sinks, int) and not isinstance(sinks, bool) and 0 <= sinks < 2**31
+    if not is_count or not isinstance(full_decode, bool):
         raise ZebraError(
-            f"{directory / 'zebra.json'}: sinks must be an integer of at least 0 and full_decode must be true or "
+            f"{directory / 'zebra.json'}: sinks must be an integer from 0 to 2^31 - 1 and full_decode must be true or "
             f"false; got {sinks!r} and {full_decode!r}. Fix them, or remove the file to load without them."
         )
     return LocalAttention(sinks, full_decode)

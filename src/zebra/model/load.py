@@ -31,7 +31,7 @@ from zebra.model.checkpoint_files import check_conversion, check_dtype
 from zebra.model.default_cache import with_default_cache
 from zebra.model.families import FULL, layout, model_class, stripes_of, with_stripes
 from zebra.model.gguf import as_directory
-from zebra.model.local import LocalAttention, set_local_attention, warn_settings_outside_config
+from zebra.model.local import LocalAttention, check_sinks, set_local_attention, warn_settings_outside_config
 from zebra.model.quantization import (
     LOADING_ERRORS,
     cannot_load,
@@ -173,6 +173,11 @@ def load(
         set_local_attention(model, local)
     if setting is not None:
         set_self_extend(model, setting)
+        if local.full_decode:
+            _log.warning(
+                "with full decoding, local layers see all keys at their exact distances, also with Self-Extend: beyond "
+                "the trained length these are new to the model. Leave out full_decode for such texts."
+            )
     return model
 
 
@@ -266,13 +271,15 @@ def converted_config(
     """The config that `convert` writes for a checkpoint, and the attention of its local layers.
 
     Raises:
-        ZebraError: as `load`; a rope that changes with length; sinks or full decoding without local layers.
+        ZebraError: as `load`; a rope that changes with length; sinks or full decoding without local layers; sinks under
+            ALiBi.
     """
     config, own = read_config(source, routed=stripes is not None), read_local_attention(source)
     own = own if stripes is None else LocalAttention()
     config, local = _layout(config, own, stripes, None, full_decode or None)
     config = as_rope(rope).apply(config)
     check_fixed_rope(config, "converting")
+    check_sinks(config, local)
     if local and stripes_of(config) is None:
         raise ZebraError(f"only local layers support {local}; the layout {layout(config)} has none. Leave them out.")
     return config, local

@@ -22,7 +22,7 @@ from zebra.kernels.merging import join
 from zebra.kernels.sinks import SinkRotation, sink_attention
 from zebra.model.families import layout, stripes_of
 from zebra.model.opaque_layers import SinkKeys
-from zebra.model.override import attention_modules, overrides_of, set_override
+from zebra.model.override import attention_modules, names_of_other_overrides, overrides_of, set_override
 from zebra.stripes import LOCAL, Stripes
 
 _log = logging.getLogger(__name__)
@@ -122,9 +122,11 @@ def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
     """Set the override on the local layers of a loaded model.
 
     Raises:
-        ZebraError: no local layers; sinks under ALiBi.
+        ZebraError: no local layers; sinks under ALiBi; Self-Extend, which must come after.
     """
     check_sinks(model.config, local)
+    if others := names_of_other_overrides(model, LocalAttention):
+        raise ZebraError(f"{local} must be set before other overrides of attention; this model has {others}.")
     stripes = stripes_of(model.config)
     kinds = stripes.layer_types(model.config.num_hidden_layers) if stripes else ()
     if LOCAL not in kinds:

@@ -129,10 +129,11 @@ def _conversion_checks(
             f"{source_config.model_type} does not support, so there is nothing to compare with. Verify a conversion "
             "without the rope."
         )
-    n = length or stripes.window + stripes.window // 2 + 2 * _CHUNK + 3
+    local = read_local_attention(target)
+    n = length or stripes.window + max(stripes.window // 2, local.sinks) + 2 * _CHUNK + 3
     if n <= stripes.window:
         raise ZebraError(f"the length must be larger than the window of {stripes.window}; got {n}. Raise the length.")
-    ids, local = _random_tokens(config, n, seed, placement), read_local_attention(target)
+    ids = _random_tokens(config, n, seed, placement)
     short = ids[:, : min(each.window for each in (stripes, source_stripes) if each is not None)]
     plain, whole = (stripes, n), (replace(stripes, sinks=local.sinks), n)
     decoded = (whole[0], _steps(n)[0])
@@ -153,7 +154,7 @@ def _conversion_checks(
         ("short", "source, plain transformers", plain_short, expected_short),
         ("long, plain", masks_on + ", no sinks" * bool(local.sinks), plain_logits, oracle[plain]),
         ("long, zebra", masks_on, whole_logits, oracle[whole]),
-        *_compared_with_itself(model, ids, whole_logits),
+        *_compared_with_itself(model, ids, whole_logits, stripes.window),
     ]
     if local.full_decode:
         decoded_logits = _logits_in_parts(model, ids, _steps(n), prompt=decoded[1])
@@ -166,15 +167,17 @@ def _self_extend_checks(
 ) -> list[Check]:
     config, dtype = read_config(path, routed=False), placement["dtype"]
     setting = resolve_self_extend(self_extend, config)
-    n = length or setting.window + max(setting.window // 8, 4 * setting.group) + 2 * _CHUNK + 3
-    if n <= setting.window:
+    near = far = setting.window
+    stripes, sinks = stripes_of(config), read_local_attention(path).sinks
+    if stripes is not None and sinks:  # beyond the window a layer sees them, and plain transformers does not
+        near, far = min(near, stripes.window), max(far, stripes.window)
+    n = length or far + max(far // 8, 4 * setting.group, sinks) + 2 * _CHUNK + 3
+    if n <= far:
         raise ZebraError(
-            f"the length must be larger than the window of Self-Extend {setting}; got {n}. Raise the length."
+            f"the length must be larger than the window of Self-Extend {setting}, and than that of local layers with "
+            f"sinks; got {n}. Use at least {far + 1:,}."
         )
     ids = _random_tokens(config, n, seed, placement)
-    near, stripes = setting.window, stripes_of(config)
-    if stripes is not None and read_local_attention(path).sinks:
-        near = min(near, stripes.window)  # beyond it plain transformers does not see the sinks
     plain = _finite_logits(_plain_model(path, config, placement), ids[:, :near])
     model = load(path, self_extend=setting, **placement)
     short, whole = _logits(model, ids[:, :near]), _logits(model, ids)
@@ -183,21 +186,21 @@ def _self_extend_checks(
     # The formula rounds angles as transformers does, which takes their cosines in float32 in any dtype. The rounding
     # error of float32 sums grows with the text.
     of_formula = {torch.float64: 5e-6, torch.float32: min(1e-5 * max(1.0, n / 512), TOLERANCE[dtype])}
-    cut = (n - setting.window) // 2 + 1  # the second document is longer than the window, if n allows
+    cut = (n - far) // 2 + 1  # the second document is longer than the windows, if n allows
     positions = torch.cat([torch.arange(cut), torch.arange(n - cut)])[None].to(ids.device)
     packed = _logits(model, ids[:1], torch.cat([_sampled(cut), _sampled(n - cut) + cut]), position_ids=positions)
     apart = torch.cat([_logits(model, ids[:1, :cut]), _logits(model, ids[:1, cut:])], dim=1)
     return [
         _check(dtype, f"short, self-extend {setting}", "plain transformers", short, plain),
         _check(dtype, "long", "dense formula", whole[:1], oracle, of_formula.get(dtype)),
-        *(_check(dtype, *comparison) for comparison in _compared_with_itself(model, ids, whole)),
+        *(_check(dtype, *comparison) for comparison in _compared_with_itself(model, ids, whole, far)),
         _check(dtype, "packed", "documents alone", packed, apart),
     ]
 
 
-def _compared_with_itself(model: PreTrainedModel, ids: Tensor, whole: Tensor) -> list[_Comparison]:
+def _compared_with_itself(model: PreTrainedModel, ids: Tensor, whole: Tensor, window: int) -> list[_Comparison]:
     n = ids.shape[1]
-    shorter = n * 2 // 3
+    shorter = (n + window) // 2  # a padded sequence has far tokens too
     alone = torch.cat([_logits(model, ids[:1])[0], _logits(model, ids[1:, :shorter])[0]])
     return [
         ("cached", "uncached", _logits_in_parts(model, ids, _steps(n)), whole),

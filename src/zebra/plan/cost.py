@@ -98,6 +98,7 @@ def _check_self_extend(run: Run, setting: SelfExtend) -> None:
     if not run.count(GLOBAL) or "G" not in run.decoder.traits.rotated:
         raise no_global_layer(run.decoder.family)
     setting.check(trained)
+    setting.check_sinks(run.stripes.sinks if run.stripes else 0)
     if length > (reach := setting.reach(trained)):
         raise ZebraError(
             f"Self-Extend {setting} extends a model trained at {trained:,} tokens to {reach:,}; got {length:,}. "

@@ -61,11 +61,7 @@ def set_self_extend(model: PreTrainedModel, setting: SelfExtend) -> None:
             "without them."
         )
     local = local_attention_of(model)
-    if local.sinks > setting.window:
-        raise ZebraError(
-            "Self-Extend requires at most as many sinks as keys in its window, so that no distance is negative; got "
-            f"{local.sinks} sinks and {setting}. Use fewer sinks or a larger window."
-        )
+    setting.check_sinks(local.sinks)
     rotations: dict[str, GroupedRotation] = {}
     extended: set[str] = set()
     for layer in attention_layers(model, local=bool(local.sinks)):

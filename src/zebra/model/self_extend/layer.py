@@ -162,11 +162,10 @@ class GroupedRotation:
         return rotate(query.to(dtype), rotation_between(frequencies, tokens_before, moved, dtype))
 
     def move_sinks(self, keys: Tensor, tokens_before: Tensor) -> Tensor:
-        """As `SinkRotation.move_sinks`: by as much as `move_query` moves the query."""
+        """As `SinkRotation.move_sinks`: the rotation of `move_query`, inverted."""
         dtype, frequencies = torch.promote_types(keys.dtype, torch.float32), self.frequencies(keys.device)
-        step = tokens_before - sink_query(tokens_before, self.setting.group, self.setting.window)
-        positions = torch.arange(keys.shape[2], device=keys.device)[None]
-        return rotate(keys, rotation_between(frequencies, positions, positions + step, dtype))
+        moved = sink_query(tokens_before, self.setting.group, self.setting.window)
+        return rotate(keys, rotation_between(frequencies, moved, tokens_before, dtype))
 
     def rotation_of_all_keys(self, positions: _Positions) -> Rotation:
         """The rotation of all S keys, those of earlier tokens included."""
