@@ -59,7 +59,8 @@ PARTS = {
     "sinks-16k": (
         "runs/lcat-smollm2-16k",
         f"{_LCAT} --set stripes={CHOSEN}+4 --set model=runs/lcat-smollm2-sinks/model --set rope=yarn:2 "
-        "--set train.length=16384 --set train.max_steps=12 --set evaluate.length=16384 --set evaluate.eval_steps=null",
+        "--set train.length=16384 --set train.max_steps=12 --set train.save_steps=6 --set train.logging_steps=3 "
+        "--set evaluate.length=16384 --set evaluate.eval_steps=null",
     ),
     "lit": ("runs/lit-smollm2", "tune recipes/lit-smollm2-cpu.yaml"),
     "16k": (

@@ -10,6 +10,8 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 
+from matplotlib.axes import Axes
+
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.report import methods, page, perplexity, retrieval, selection, tasks
@@ -28,13 +30,14 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results" / "smollm2.md"
 PICTURES = ROOT / "docs" / "images" / "smollm2"
+TO_16K = "runs/lcat-smollm2-16k/model"
 ANSWERS = RESULTS.parent / "smollm2-answers.json"
 
 MODEL = "runs/demo-llm/smollm2"
 TUNED = {"source": MODEL, "adapted to stripes": "runs/lcat-smollm2/model", "then tuned": "runs/lit-smollm2/model"}
 LIMIT, WINDOW = 8192, 1024
-AUTO = "8:2048"
-"""What `auto:16384` takes."""
+AUTO, AUTO_32K = "8:2048", "16:2048"
+"""What `auto:16384` and `auto:32768` take."""
 GROUPS = ("4:1024", "4:2048", "8:1024", "8:4096", "16:2048")
 ADAPTED = {"chosen": "chosen", "sinks": "chosen, 4 sinks", "offset": "GL:1024"}
 """The adapted layouts, by part."""
@@ -161,7 +164,12 @@ def checklist(parts: Mapping[str, Sequence[Result]]) -> Section:
     """What the two papers claim, beside what was measured here."""
     body = [
         [Cell(claim), Cell(measured), Cell(verdict)]
-        for claim, measured, verdict in (*_self_extend_claims(parts), *_sink_claims(parts), *_adaptation_claims(parts))
+        for claim, measured, verdict in (
+            *_self_extend_claims(parts),
+            *_claims_at_four_times(parts),
+            *_sink_claims(parts),
+            *_adaptation_claims(parts),
+        )
     ]
     prose = (
         "Claims of Self-Extend (arXiv 2401.01325, sections 4, 5) and of Zebra's adaptation (arXiv 2312.08618, section "
@@ -223,6 +231,32 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
         )
 
 
+def _claims_at_four_times(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
+    inside, beyond, extended = (4096, 8192), (16384, 32768), f", self-extend {AUTO_32K}"
+    compared = Compared(parts.get("32k", ()))
+    near, far = (compared.perplexity("full" + extended, span) for span in (inside, beyond))
+    if math.isnan(far):
+        return
+    lost, few = compared.perplexity("full", beyond), compared.perplexity(CHOSEN_WITH_SINKS + extended, beyond)
+    yield (
+        "The same at four times the trained length.",
+        f"{far:.2f} at 16K to 32K, {near:.2f} at 4K to 8K; {lost:,.0f} unchanged",
+        _verdict(far < 1.03 * near),
+    )
+    answers = compared.answers("full" + extended, "passkey")
+    yield (
+        "At four times the trained length a passkey is answered at any depth.",
+        f"{_shares(answers)}; {_shares(compared.answers('full', 'passkey'))} unchanged",
+        _verdict(min(one.value for one in answers) >= 0.9, enough=len(answers) > 2),
+    )
+    yield (
+        "There, without training, 8 of 30 global layers with four sinks read as well as 30, within 3 %.",
+        f"{few:.2f} and {far:.2f} at 16K to 32K; passkeys "
+        f"{_shares(compared.answers(CHOSEN_WITH_SINKS + extended, 'passkey'))}",
+        _verdict(few < 1.03 * far),
+    )
+
+
 def _sink_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
     compared, extended = Compared(parts.get("16k-sinks", ())), f", self-extend {AUTO}"
     for layout, name in ((f"GL:{WINDOW}", f"GL:{WINDOW}"), (CHOSEN, "the chosen layout")):
@@ -253,6 +287,17 @@ def _adaptation_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[
                 f"from 1K to 8K: {', '.join(percent(share, 0) for share in shares)}",
                 _verdict(min(shares) >= 0.8),
             )
+    here = [one for one in parts.get("sinks-16k", ()) if one.metric == "perplexity" and one.model.endswith("/model")]
+    at = {(one.model == TO_16K, span_of(one)): one.value for one in here if (one.layout or "").endswith("yarn:2")}
+    near, far = (4096, 8192), (8192, 16384)
+    if at.keys() >= {(trained, span) for trained in (False, True) for span in (near, far)}:
+        values = {trained: (at[trained, near], at[trained, far]) for trained in (False, True)}
+        yield (
+            "With YaRN and a few steps at twice the length, perplexity at 8K to 16K is within 10 % of 4K to 8K.",
+            f"{values[True][1]:.2f} and {values[True][0]:.2f}; before these steps "
+            f"{values[False][1]:.2f} and {values[False][0]:.2f}",
+            _verdict(values[True][1] < 1.1 * values[True][0]),
+        )
 
 
 def documents(results: Sequence[Result]) -> Section:
@@ -305,6 +350,7 @@ def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
         selection.selection(parts.get("selection", [])),
         _selection_with_sinks(parts.get("selection-sinks", [])),
         adaptation(parts),
+        _to_16k(parts.get("sinks-16k", [])),
         _comparison(parts, "8k", "8,192 tokens, before and after adaptation"),
         answers(by_kind(parts.get("lit", []))["answers"]),
         documents(parts.get("documents", [])),
@@ -324,6 +370,12 @@ def _comparison(parts: Mapping[str, list[Result]], part: str, title: str) -> Sec
     return Section(title, named)
 
 
+def _to_16k(results: list[Result]) -> Section:
+    blocks = perplexity.positions(by_kind(results)["position"]).blocks
+    named = [replace(block, name=f"to-16k-{block.name}") if isinstance(block, Figure) else block for block in blocks]
+    return Section("The adapted model to 16,384 tokens, by YaRN", named)
+
+
 def _selection_with_sinks(results: list[Result]) -> Section:
     blocks = selection.selection(results).blocks
     named = [replace(block, name=f"sinks-{block.name}") if isinstance(block, Figure) else block for block in blocks]
@@ -331,19 +383,25 @@ def _selection_with_sinks(results: list[Result]) -> Section:
 
 
 def picture(results: Sequence[Result]) -> Figure:
-    """Perplexity by position of the ways that read twice the trained length well, beside the unchanged checkpoint."""
+    """Perplexity by position of the ways to read four times the trained length, beside the unchanged checkpoint."""
     names = {
         "full": "unchanged",
-        "full yarn:2": "YaRN",
-        f"full, self-extend {AUTO}": "Self-Extend",
-        f"{CHOSEN_WITH_SINKS}, self-extend {AUTO}": "Self-Extend, 8 of 30 layers global",
+        f"full, self-extend {AUTO_32K}": "Self-Extend",
+        f"{CHOSEN_WITH_SINKS}, self-extend {AUTO_32K}": "Self-Extend, 8 of 30 layers global",
     }
     here = [one for one in results if one.metric == "perplexity" and one.model == MODEL and one.layout in names]
     buckets_of = [one for one in here if (one.position_from, one.position_to) != (0, one.length)]
     shown = [replace(one, low=None, high=None) for one in buckets_of]  # the page has the intervals
     last = {one.layout: one.value for one in shown if one.position_to == one.length}
-    legend = {name: f"{names[name]}: {value:.{1 if value >= 100 else 2}f}" for name, value in last.items()}
-    return Figure("smollm2", [partial(plot_positions, results=shown, named=legend)], height=2.9)
+    legend = {name: f"{names[name]}: {value:,.{0 if value >= 100 else 2}f}" for name, value in last.items()}
+    return Figure("smollm2", [partial(_plot_with_limit, results=shown, named=legend)], height=2.9)
+
+
+def _plot_with_limit(axes: Axes, results: Sequence[Result], named: Mapping[str, str]) -> None:
+    plot_positions(axes, results, named)
+    axes.axvline(LIMIT, color="0.6", linestyle=":")
+    place = axes.get_xaxis_transform()
+    axes.text(LIMIT / 1.05, 0.98, "trained length", transform=place, ha="right", va="top", color="0.4")
 
 
 def write_page(names: Sequence[str]) -> None:
@@ -360,7 +418,7 @@ def write_page(names: Sequence[str]) -> None:
     shown = [section for section in [checklist(parts), *sections(parts), method(results)] if section.blocks]
     for figure in page.figures_of(shown):
         atomic_write(PICTURES.with_name(f"{PICTURES.name}-{figure.name}.svg"), figure.standalone)
-    if longest := parts.get("16k-sinks"):
+    if longest := parts.get("32k"):
         atomic_write(PICTURES.with_suffix(".svg"), picture(longest).standalone)
     advice = [line for part in ("16k-sinks", "32k") for line in methods.method_summaries(parts.get(part, []))]
     atomic_write(PAGE, page.markdown("../images/smollm2", "SmolLM2-135M-Instruct", advice, shown))
