@@ -119,8 +119,9 @@ _STRIPES = (
 _HEAD = (
     "Head and loss run over a vocabulary of 49,152 in float32, by torch's linear_cross_entropy, at the rate of MKL. A "
     "loop of our own, which computes the gradients with the loss by oneDNN, took half the time. It was not kept, "
-    "because the kernel is torch's to improve (docs/log.md). Norms and rope pass over fresh float32 memory, which "
-    "autocast allocates. Keeping freed memory took a third more of it and saved no time."
+    "because the kernel is torch's to improve (docs/log.md). Since these rows, mixed precision rounds the operands of "
+    "the head as well, which took half the time on a CPU with AMX. Norms and rope pass over fresh float32 memory, "
+    "which autocast allocates. Keeping freed memory took a third more of it and saved no time."
 )
 _ACTIVATIONS = (
     "The memory of a step is that of its activations. train.activation_checkpointing, which was off here, avoids it "
