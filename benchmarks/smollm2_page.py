@@ -346,7 +346,7 @@ def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
         _comparison(parts, "16k", "16,384 tokens, twice the trained length"),
         _comparison(parts, "16k-sinks", "16,384 tokens, with attention sinks"),
         _comparison(parts, "32k", "32,768 tokens, four times the trained length"),
-        _comparison(parts, "groups", "Self-Extend by group and window"),
+        _comparison(parts, "groups", "Self-Extend by group and window", _BUSY),
         selection.selection(parts.get("selection", [])),
         _selection_with_sinks(parts.get("selection-sinks", [])),
         adaptation(parts),
@@ -357,7 +357,10 @@ def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
     ]
 
 
-def _comparison(parts: Mapping[str, list[Result]], part: str, title: str) -> Section:
+_BUSY = "Five of these methods were timed while the machine's other core worked, so their times are upper bounds."
+
+
+def _comparison(parts: Mapping[str, list[Result]], part: str, title: str, note: str = "") -> Section:
     """What `zebra compare` measured, with figures named after the part."""
     results = parts.get(part, [])
     kinds = by_kind(results)
@@ -367,7 +370,7 @@ def _comparison(parts: Mapping[str, list[Result]], part: str, title: str) -> Sec
         *retrieval.retrieval(kinds["retrieval"]).blocks,
     ]
     named = [replace(block, name=f"{part}-{block.name}") if isinstance(block, Figure) else block for block in blocks]
-    return Section(title, named)
+    return Section(title, [note, *named] if note and named else named)
 
 
 def _to_16k(results: list[Result]) -> Section:
