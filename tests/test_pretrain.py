@@ -228,9 +228,9 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(
     real = texts.summed_loss
     calls: list[int] = []
 
-    def spoilt(*arguments: Any) -> Any:
+    def spoilt(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        return real(*arguments) * (float("nan") if len(calls) == 4 else 1.0)
+        return real(*arguments, **options) * (float("nan") if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(texts, "summed_loss", spoilt)
     with pytest.raises(
