@@ -126,7 +126,10 @@ def set_local_attention(model: PreTrainedModel, local: LocalAttention) -> None:
     """
     check_sinks(model.config, local)
     if others := names_of_other_overrides(model, LocalAttention):
-        raise ZebraError(f"{local} must be set before other overrides of attention; this model has {others}.")
+        raise ZebraError(
+            f"{local} must be set before other overrides of attention; this model has {others}. Pass both to "
+            "zebra.load."
+        )
     stripes = stripes_of(model.config)
     kinds = stripes.layer_types(model.config.num_hidden_layers) if stripes else ()
     if LOCAL not in kinds:
