@@ -77,11 +77,11 @@ PARTS = {
         "runs/smollm2-32k",
         f"{_COMPARE} --length 32768 --methods self-extend --with 'stripes={CHOSEN_WITH_SINKS} self_extend=auto:32768' "
         "--with 'checkpoint=runs/lcat-smollm2-sinks/model self_extend=auto:32768' "
-        "--windows 6 --samples 2 --task passkey",
+        "--windows 6 --samples 1 --task passkey",
     ),
     "groups": (
         "runs/smollm2-groups",
-        f"{_COMPARE} --length 16384 --windows 8 --samples 2 --task passkey --methods self-extend "
+        f"{_COMPARE} --length 16384 --windows 8 --samples 1 --task passkey --methods self-extend "
         + " ".join(f"--with self_extend={one}" for one in GROUPS),
     ),
     "8k": (
