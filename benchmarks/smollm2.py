@@ -18,14 +18,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from smollm2_page import ANSWERS, GROUPS, MODEL, RESULTS, ROOT, TUNED, write_page
+from smollm2_claims import GROUPS, MODEL
+from smollm2_page import ANSWERS, RESULTS, ROOT, TUNED, write_page
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
 from zebra.results import Result, read_results, write_results
 from zebra_bench.configs import SMOLLM2_STRIPES as CHOSEN
 from zebra_bench.configs import SMOLLM2_STRIPES_WITH_SINKS as CHOSEN_WITH_SINKS
-
-TRAINED = ("lcat-smollm2", "lcat-smollm2-sinks", "lcat-smollm2-offset", "lcat-smollm2-full")
 
 _LCAT = "adapt recipes/lcat-smollm2-cpu.yaml"
 _COMPARE = f"compare {MODEL} examples/books/validation --budget-minutes 100000"
@@ -33,18 +32,14 @@ _SELECT = (
     f"select {MODEL} --length 8192 --order once "
     "--text examples/books/train/moby_dick.txt --text examples/books/train/pride_and_prejudice.txt"
 )
-_ALL = f"--methods linear,yarn,dynamic,self-extend,stripes,stripes+self-extend --with stripes={CHOSEN} --with "
-_EXTENDED = f"'stripes={CHOSEN} self_extend=auto:"
-_WITH_SINKS = " ".join(
-    f"--with '{one} self_extend=auto:16384'"
-    for one in (
-        f"stripes={CHOSEN_WITH_SINKS}",
-        f"stripes={CHOSEN}+4",
-        "stripes=GL:1024",
-        f"stripes={CHOSEN}",
-        "checkpoint=runs/lcat-smollm2-sinks/model",
-    )
-)
+_ALL = "linear,yarn,dynamic,self-extend,stripes,stripes+self-extend"
+_TRAINED = "checkpoint=runs/lcat-smollm2-sinks/model"
+
+
+def _extended(length: int, *options: str) -> str:
+    """Methods under Self-Extend, which are not among those by name."""
+    return " ".join(f"--with '{one} self_extend=auto:{length}'" for one in options)
+
 
 PARTS = {
     "selection": (
@@ -65,19 +60,20 @@ PARTS = {
     "lit": ("runs/lit-smollm2", "tune recipes/lit-smollm2-cpu.yaml"),
     "16k": (
         "runs/smollm2-16k",
-        f"{_COMPARE} --length 16384 --stripes GL:1024 {_ALL}{_EXTENDED}16384' "
-        "--with 'checkpoint=runs/lcat-smollm2/model self_extend=auto:16384' --windows 16 --samples 10",
+        f"{_COMPARE} --length 16384 --methods {_ALL} "
+        f"{_extended(16384, f'stripes={CHOSEN_WITH_SINKS}', f'stripes={CHOSEN}+4', _TRAINED)} "
+        "--windows 16 --samples 10 --task passkey",
     ),
-    "16k-sinks": (
-        "runs/smollm2-16k-sinks",
-        f"{_COMPARE} --length 16384 --methods yarn,self-extend,stripes+self-extend {_WITH_SINKS} "
+    "without-sinks": (
+        "runs/smollm2-without-sinks",
+        f"{_COMPARE} --length 16384 --methods self-extend,stripes+self-extend "
+        f"{_extended(16384, f'stripes={CHOSEN}+4', 'stripes=GL:1024', f'stripes={CHOSEN}')} "
         "--windows 8 --samples 2 --task passkey",
     ),
     "32k": (
         "runs/smollm2-32k",
-        f"{_COMPARE} --length 32768 --methods self-extend --with 'stripes={CHOSEN_WITH_SINKS} self_extend=auto:32768' "
-        "--with 'checkpoint=runs/lcat-smollm2-sinks/model self_extend=auto:32768' "
-        "--windows 6 --samples 1 --task passkey",
+        f"{_COMPARE} --length 32768 --methods linear,yarn,dynamic,self-extend,stripes+self-extend "
+        f"{_extended(32768, f'stripes={CHOSEN_WITH_SINKS}', _TRAINED)} --windows 6 --samples 1 --task passkey",
     ),
     "groups": (
         "runs/smollm2-groups",
@@ -86,8 +82,9 @@ PARTS = {
     ),
     "8k": (
         "runs/smollm2-8k",
-        f"{_COMPARE} --length 8192 --stripes GL:1024 --windows 16 --samples 10 --methods stripes "
-        f"--with stripes={CHOSEN} " + " ".join(f"--with checkpoint=runs/{run}/model" for run in TRAINED),
+        f"{_COMPARE} --length 8192 --stripes GL:1024 --windows 16 --samples 3 --methods stripes "
+        f"--with stripes={CHOSEN} --with checkpoint=runs/lcat-smollm2/model "
+        "--with checkpoint=runs/lcat-smollm2-full/model",
     ),
 }
 """Of each part the folder that its command writes, and the command without it."""

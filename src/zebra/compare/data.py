@@ -16,6 +16,7 @@ from zebra.data.corpus import Corpus, read_corpus
 from zebra.data.documents import Names
 from zebra.data.encoding import Encoder, window_prefix, windows_of
 from zebra.data.needles import Sample, SampleGenerator
+from zebra.errors import ZebraError
 from zebra.evaluate.target import EvalTarget
 from zebra.model.checkpoint import checkpoint_digests
 from zebra.model.load import read_device
@@ -106,6 +107,19 @@ class ComparisonData:
             "device": read_device(settings.device),
             "versions": versions(),
         }
+
+    def check_tokenizer(self, target: EvalTarget) -> None:
+        """Check that a model reads the same tokens: each has the same number in its vocabulary.
+
+        Raises:
+            ZebraError: another vocabulary.
+        """
+        missing = self.tokenizer.get_vocab().items() - target.tokenizer.get_vocab().items()
+        if missing:
+            raise ZebraError(
+                f"the tokenizer must be that of {self._settings.checkpoint}; {len(missing):,} of its tokens differ in "
+                f"{target.checkpoint}. Compare checkpoints of one tokenizer."
+            )
 
     def sample(self, unit: Unit) -> Sample:
         """The retrieval sample of a unit; it does not depend on the other units."""

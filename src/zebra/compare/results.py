@@ -1,7 +1,8 @@
 """The measurements of a comparison as results.
 
     perplexity-disjoint[-bos], retrieval-generate-TASK              as `zebra evaluate` names them
-    compare-paired     loss_above_best: mean loss minus that of the best method on the same tokens, in nats
+    compare-paired     loss_above_best: mean loss minus that of the best method of the compared checkpoint itself, not
+                       of others such as a trained one, on the same tokens, in nats
     compare-cost       prefill_seconds, decode_seconds (per token), kv_bytes, and the same with _planned
     compare-trained    tokens that the checkpoint was trained to read, with the columns of the unchanged checkpoint
     compare-failed-*   what a method cannot do; the metric is the reason
@@ -45,13 +46,15 @@ def comparison_results(
     windows = _common(methods, lambda unit: unit.kind == "window")
     samples = _common(methods, lambda unit: unit.depth is not None)
     losses = [_losses(units, windows) for units in methods]
+    models = [next(iter(units.values()))["model"] for units in methods]
+    own = [one for one, model in zip(losses, models, strict=True) if one is not None and model == models[0]]
     for i, units in enumerate(methods):
         described = {name: next(iter(units.values()))[name] for name in ("layout", "model", "device")}
         columns = described | {"run": run, "seed": seed, "length": bounds[-1]}
         if i == 0 and trained is not None:
             yield Result(task="compare-trained", metric="tokens", value=trained, **columns)
         if (of_method := losses[i]) is not None:
-            yield from _perplexities(of_method, losses, spans, task, columns)
+            yield from _perplexities(of_method, own, spans, task, columns)
         yield from _retrieval({unit: one for unit, one in units.items() if unit in samples}, columns)
         yield from _costs(units, columns)
 
@@ -90,16 +93,16 @@ def _losses(units: MethodUnits, windows: set[Unit]) -> WindowLosses | None:
 
 
 def _perplexities(
-    own: WindowLosses,
-    every: Sequence[WindowLosses | None],
+    losses: WindowLosses,
+    references: Sequence[WindowLosses],
     spans: Sequence[tuple[int, int]],
     task: str,
     columns: dict[str, Any],
 ) -> Iterator[Result]:
-    """Perplexity by position, and by how much the loss exceeds that of the best method on the same tokens."""
-    sums, counts = own
+    """Perplexity by position, and by how much the loss exceeds that of the best reference on the same tokens."""
+    sums, counts = losses
     for i, (start, end) in enumerate(spans):
-        best = min((losses[0][:, i] for losses in every if losses is not None), key=lambda of_method: of_method.sum())
+        best = min((of_method[:, i] for of_method, _ in references), key=lambda of_windows: of_windows.sum())
         above = bootstrap_mean(sums[:, i] - best, counts[:, i], columns["seed"])
         loss = bootstrap_mean(sums[:, i], counts[:, i], columns["seed"], bounds=(0, math.inf))
         value, low, high = (None if nats is None else float(np.exp(nats)) for nats in loss)

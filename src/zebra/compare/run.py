@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -44,6 +44,7 @@ from zebra.evaluate.selection import select
 from zebra.evaluate.target import EvalTarget
 from zebra.measure import measure_ceilings
 from zebra.model.checkpoint import checkpoint_digests
+from zebra.model.checkpoint_files import check_checkpoint
 from zebra.model.families import stripes_of
 from zebra.model.load import device_name
 from zebra.model.load_options import loaded_layout_name
@@ -89,9 +90,12 @@ def compare(
 
     Raises:
         ZebraError: a text too short, a task that does not fit this length, a folder of something else, or a checkpoint
-            that cannot be measured unchanged. The failure of another method is a result of a task `compare-failed-*`.
+            that cannot be measured unchanged, or no checkpoint at the path of a method. Any other failure of a method
+            is a result of a task `compare-failed-*`.
     """
     check_names(options, [field.name for field in fields(Settings)])
+    others = dict.fromkeys(one.options["checkpoint"] for one in additional if "checkpoint" in one.options)
+    digests = {checkpoint: _short_digest(checkpoint) for checkpoint in others}
     if "tasks" in options:
         options["tasks"] = names_of(options["tasks"])
     end = time.monotonic() + 60 * budget_minutes
@@ -110,7 +114,7 @@ def compare(
     )
     data = ComparisonData(settings)
     with selection_folder(out, data.inputs()):
-        comparison = _Comparison(settings, data, out)
+        comparison = _Comparison(settings, data, out, digests)
         comparison.measure([COST, FIRST_WINDOW])
         comparison.check_first()
         comparison.measure(comparison.affordable(end - time.monotonic()))
@@ -118,6 +122,11 @@ def compare(
         write_results(out / "results.jsonl", results)
         write_report(results, out / "report.html", title=f"{Path(checkpoint).name}, {length:,} tokens")
     return results
+
+
+def _short_digest(checkpoint: str) -> str:
+    check_checkpoint(checkpoint)
+    return hashlib.sha256(repr(checkpoint_digests(checkpoint)).encode()).hexdigest()[:8]
 
 
 def default_stripes(config: PreTrainedConfig, length: int) -> Stripes:
@@ -132,22 +141,26 @@ class _Comparison:
         failures: the reason, by method and kind of unit.
     """
 
-    def __init__(self, settings: Settings, data: ComparisonData, out: Path):
+    def __init__(self, settings: Settings, data: ComparisonData, out: Path, digests: Mapping[str, str]):
         self.settings, self.data, self.measurements = settings, data, Measurements(out / "measurements.jsonl")
+        self._digests = digests
         self.failures: dict[tuple[str, str], str] = {}
         self._ceilings: Device | None = None
         self._out = out
         self._selected = self._select() if any(method.needs_selection for method in settings.methods) else None
-        by_key = {self.key(method): method for method in reversed(settings.methods)}  # the first of equal methods
-        self.methods = [method for method in settings.methods if by_key[self.key(method)] is method]
+        by_key: dict[str, Method] = {}
+        for method in settings.methods:
+            same = by_key.setdefault(self.key(method), method)
+            if same is not method:
+                console.print(f"{method.name} is the same as {same.name}: {self.key(method)}")
+        self.methods = [*by_key.values()]
 
     def key(self, method: Method) -> str:
         """The name of a method in its measurements: its options, with the selected layout."""
         options = {name: str(value) for name, value in method.arguments(self._selected).items()}
         if "checkpoint" in method.options:
             checkpoint = method.options["checkpoint"]
-            digest = hashlib.sha256(repr(checkpoint_digests(checkpoint)).encode()).hexdigest()
-            options["checkpoint"] = f"{checkpoint}@{digest[:8]}"
+            options["checkpoint"] = f"{checkpoint}@{self._digests[checkpoint]}"
         return " ".join(f"{name}={value}" for name, value in options.items()) or method.name
 
     def results(self, run: str) -> list[Result]:
@@ -208,7 +221,7 @@ class _Comparison:
         return float(cost["prefill_seconds"] + _ANSWER_TOKENS * cost["decode_seconds"])
 
     def _measured(self, method: Method, units: Sequence[Unit]) -> Iterator[Unit]:
-        """Measure units, and yield each when it is measured or has failed."""
+        """Measure units, and yield each when it is measured or has failed: any error fails only this method."""
         if not units:
             return
         key, settings = self.key(method), self.settings
@@ -217,16 +230,17 @@ class _Comparison:
         try:
             checkpoint = method.options.get("checkpoint", settings.checkpoint)
             target = EvalTarget(checkpoint, purpose=None, **options)
+            self.data.check_tokenizer(target)
             model = target.load()
             described = {"layout": loaded_layout_name(model, method.options.get("rope")), "model": checkpoint}
-        except _FAILURES as error:
+        except Exception as error:
             self.failures[key, "load"] = first_line(error)
         for unit in units:
             if model is not None and self._missing(method, unit):
                 try:
                     measurement = self._measurement(model, unit)
                     self.measurements.add(key, unit, measurement | described | {"device": device_name(model.device)})
-                except _FAILURES as error:
+                except Exception as error:
                     self.failures[key, unit.kind] = first_line(error)
             yield unit
         del model
@@ -289,7 +303,3 @@ def planned_run(model: PreTrainedModel, length: int, phase: str) -> Run:
         self_extend=self_extend_of(model),
         full_decode=local.full_decode,
     )
-
-
-_FAILURES = (ZebraError, RuntimeError, MemoryError)
-"""Errors that fail only a method: our own, and those of torch, such as out of memory."""

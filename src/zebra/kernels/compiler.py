@@ -71,7 +71,8 @@ def library(source: Path, *options: str) -> ctypes.CDLL:
 
 
 def _compile(source: Path, path: Path, command: list[str]) -> None:
-    _log.warning("compiling %s for this CPU, once; this takes some seconds", source.name)
+    defined = ", ".join(option.removeprefix("-D") for option in command if option.startswith("-D"))
+    _log.warning("compiling %s (%s) for this CPU, once; this takes some seconds", source.name, defined)
     with tempfile.TemporaryDirectory() as temporary, atomic_file(path) as partial:
         output = Path(temporary) / path.name
         command = [*command, str(source), "-o", str(output)]

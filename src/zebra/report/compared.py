@@ -47,6 +47,23 @@ class Methods:
         scored = [one for one in self.by_series[series] if one.task.startswith("retrieval-")]
         return [one for one in scored if task in (None, one.task)]
 
+    @property
+    def windows(self) -> int:
+        """The number of windows that were scored."""
+        scored = sum(one.n or 0 for one in self.results(self.baseline, "perplexity", self.far))
+        return round(scored / (self.far[1] - self.far[0]))
+
+    @property
+    def samples(self) -> int:
+        """The number of questions that the unchanged checkpoint was asked."""
+        return sum(one.n or 0 for one in self.answers(self.baseline))
+
+    @property
+    def counts(self) -> str:
+        """Both in words."""
+        windows, samples = self.windows, self.samples
+        return f"{windows} window{'s' * (windows != 1)}, {samples} question{'s' * (samples != 1)}"
+
     def share(self, series: Series) -> float:
         """The share of answers over all samples; NaN without any."""
         return answered_share(self.answers(series))

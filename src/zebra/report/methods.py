@@ -18,7 +18,8 @@ from zebra.results import Result
 
 HOW = (
     "Each method read the same windows of the text and answered the same questions about it. Beside a perplexity is "
-    "how far it is above the best method at these positions, on the same tokens. Tasks such as passkey: samples "
+    "how far it is above the best method of the checkpoint itself at these positions, on the same tokens; other "
+    "checkpoints, such as trained ones, may be below it. Tasks such as passkey: samples "
     "answered, over all depths. Prefill: the time from an empty cache to the first token, timed once. Cache: the keys "
     "and values after that. Both are also given as multiples of those of the unchanged checkpoint. A token: the time "
     "to decode one, of eight."
@@ -80,14 +81,16 @@ def _table(compared: Methods) -> Table:
         base = compared.value(compared.baseline, metric)
         columns.append((Cell(head), partial(_ratio, metric=metric, base=base)))
     lines = [([Cell(compared.names[series])], here) for series, here in compared.by_series.items()]
-    return table(f"{compared.length:,} tokens, {_counts(compared)}", [Cell("method")], lines, columns)
+    return table(f"{compared.length:,} tokens, {compared.counts}", [Cell("method")], lines, columns)
 
 
 def _paired_table(compared: Methods) -> Table:
-    """How far each method's perplexity is above the best one, with the intervals of the differences."""
+    """How far each method's perplexity is above the best of the checkpoint, with the intervals of the differences."""
     columns = [(Cell(_short(span)), partial(_above_best, span=span)) for span in compared.spans]
     lines = [([Cell(compared.names[series])], here) for series, here in compared.by_series.items()]
-    return table("Perplexity above the best method's on the same tokens", [Cell("method")], lines, columns)
+    return table(
+        "Perplexity above that of the checkpoint's best method, on the same tokens", [Cell("method")], lines, columns
+    )
 
 
 def _above_best(results: Results, span: Span) -> Cell:
@@ -105,18 +108,10 @@ def _cost_table(compared: Methods) -> Table:
     return table(f"Cost of {compared.length:,} tokens, {compared.device}", [Cell("method")], lines, columns)
 
 
-def _counts(compared: Methods) -> str:
-    """The numbers of windows and questions that were measured."""
-    scored = sum(one.n or 0 for one in compared.results(compared.baseline, "perplexity", compared.far))
-    windows = round(scored / (compared.far[1] - compared.far[0]))
-    samples = sum(one.n or 0 for one in compared.answers(compared.baseline))
-    return f"{windows} window{'s' * (windows != 1)}, {samples} question{'s' * (samples != 1)}"
-
-
 def _perplexity(results: Results, span: Span) -> Cell:
     here = [one for one in results if span_of(one) == span]
     cell = value_cell([one for one in here if one.metric == "perplexity"])
-    above = [one for one in here if one.metric == "loss_above_best" and one.value > 0]
+    above = [one for one in here if one.metric == "loss_above_best" and one.value]
     return cell._replace(dim=percent(math.expm1(above[0].value), sign="+"), dim_results=above) if above else cell
 
 
