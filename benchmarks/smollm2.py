@@ -18,10 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from smollm2_claims import GROUPS, MODEL
+from smollm2_claims import AUTO, GROUPS, MODEL
 from smollm2_page import ANSWERS, RESULTS, ROOT, TUNED, write_page
 from zebra.errors import ZebraError
 from zebra.files import atomic_write
+from zebra.model.load import device_name
 from zebra.results import Result, read_results, write_results
 from zebra_bench.configs import SMOLLM2_STRIPES as CHOSEN
 from zebra_bench.configs import SMOLLM2_STRIPES_WITH_SINKS as CHOSEN_WITH_SINKS
@@ -88,28 +89,69 @@ PARTS = {
     ),
 }
 """Of each part the folder that its command writes, and the command without it."""
-NAMES = (*PARTS, "documents")
+NAMES = (*PARTS, "question", "documents")
 
 _DOCUMENTS = (
     "evaluate documents {model} examples/instructions/squality_dev.jsonl --length 8192 --chat "
     "--template '{{document}}\n\n{{question}}' --score {score} --limit {limit} --items {folder}/{stem}-items.jsonl"
 )
+NUMBERS = ("48213", "70652", "19384")
+QUESTION = {
+    "full": "",
+    f"full, self-extend {AUTO}": "--self-extend auto:16384",
+    f"{CHOSEN}+4, self-extend {AUTO}": f"--self-extend auto:16384 --stripes {CHOSEN}+4",
+    f"{CHOSEN_WITH_SINKS}, self-extend {AUTO}": f"--self-extend auto:16384 --stripes {CHOSEN_WITH_SINKS}",
+}
+"""The options of `generate`, by layout."""
 _LIMITS = {"likelihood": 50, "generate": 25}
 
 
 def measure(part: str) -> None:
     """Run the command of a part, and copy its results."""
     if part == "documents":
-        _measure_documents(Path("runs/smollm2-documents"))
-        return
+        return _measure_documents(Path("runs/smollm2-documents"))
+    if part == "question":
+        return _ask(Path("runs/smollm2-question"))
     folder, command = PARTS[part]
     _zebra(f"{command} {f'--set run={folder}' if 'recipes/' in command else f'--out {folder}'}")
     write_results(RESULTS / f"smollm2-{part}.jsonl", read_results(ROOT / folder / "results.jsonl"))
 
 
-def _zebra(command: str) -> None:
+def _zebra(command: str) -> str:
+    """Run a command, and return what it printed if it prints JSON."""
     print(f"zebra {command}", flush=True)
-    subprocess.run([sys.executable, "-m", "zebra", *shlex.split(command)], check=True, cwd=ROOT)
+    stdout = subprocess.PIPE if "--json" in command else None
+    words = [sys.executable, "-m", "zebra", *shlex.split(command)]
+    return subprocess.run(words, check=True, cwd=ROOT, stdout=stdout, text=True).stdout or ""
+
+
+def _ask(folder: Path) -> None:
+    """The question of make demo-llm, with three numbers: the first line says it, 12,000 tokens of a book before."""
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    book = (ROOT / "examples" / "books" / "validation" / "three_men_in_a_boat.txt").read_text(encoding="utf-8")
+    results = []
+    for layout, number in itertools.product(QUESTION, NUMBERS):
+        file = folder / f"{number}.txt"
+        first = f"The boat house of this story has a secret number: {number}. Remember it.\n"
+        last = "\nWhat is the secret number of the boat house? Answer with the number alone."
+        atomic_write(ROOT / file, f"{first}\n{book[:50_000]}\n{last}\n")
+        command = f"generate {MODEL} --chat --file {file} --max-new-tokens 16 --json {QUESTION[layout]}"
+        answer = json.loads(_zebra(command))
+        results.append(
+            Result(
+                run="question",
+                model=MODEL,
+                layout=layout,
+                task=f"question-{number}",
+                metric="answered",
+                value=float(number in answer["text"]),
+                n=1,
+                length=answer["prompt_tokens"],
+                seed=0,
+                device=device_name("cpu"),
+            )
+        )
+    write_results(RESULTS / "smollm2-question.jsonl", results)
 
 
 def _measure_documents(folder: Path) -> None:

@@ -161,6 +161,7 @@ def sections(parts: Mapping[str, list[Result]]) -> list[Section]:
         _comparison(parts, "16k", "16,384 tokens, twice the trained length"),
         _comparison(parts, "32k", "32,768 tokens, four times the trained length"),
         _comparison(parts, "without-sinks", "16,384 tokens, with and without attention sinks"),
+        _question(parts.get("question", [])),
         _comparison(parts, "groups", "Self-Extend by group and window", _BUSY),
         selection.selection(parts.get("selection", [])),
         _selection_with_sinks(parts.get("selection-sinks", [])),
@@ -201,6 +202,21 @@ def _comparison(parts: Mapping[str, list[Result]], part: str, title: str, note: 
     ]
     named = [replace(block, name=f"{part}-{block.name}") if isinstance(block, Figure) else block for block in blocks]
     return Section(title, [note, *named] if note and named else named)
+
+
+def _question(results: list[Result]) -> Section:
+    """The question of make demo-llm: how many of its numbers each layout answered."""
+    layouts = short_layouts(one.layout for one in results)
+    rows = [
+        [Cell(layouts[layout]), Cell(f"{sum(one.value for one in here):.0f} of {len(here)}", results=here)]
+        for layout, here in split(results, attrgetter("layout")).items()
+    ]
+    prose = (
+        "The question of make demo-llm, with three numbers: a number stands in the first line, 12,000 tokens of a book "
+        "follow, and the last line asks for it. Greedy answers of at most 16 tokens by the untrained model."
+    )
+    head = [Cell("layout"), Cell("answered")]
+    return Section("A number 12,000 tokens back", [prose, Table("", head, rows)] if rows else [])
 
 
 def _to_16k(results: list[Result]) -> Section:
