@@ -68,7 +68,7 @@ PARTS = {
     "without-sinks": (
         "runs/smollm2-without-sinks",
         f"{_COMPARE} --length 16384 --methods self-extend,stripes+self-extend "
-        f"{_extended(16384, f'stripes={CHOSEN}+4', 'stripes=GL:1024', f'stripes={CHOSEN}')} "
+        f"{_extended(16384, *(f'stripes={one}' for one in ('GL:1024', CHOSEN, f'{CHOSEN}+4', CHOSEN_WITH_SINKS)))} "
         "--windows 8 --samples 2 --task passkey",
     ),
     "32k": (

@@ -210,11 +210,8 @@ def _claims_of_few_layers(compared: Compared, setting: str, far: Span, length: s
         _verdict(few < _BEYOND * full, enough=compared.enough(far)),
     )
     answers = compared.answers(layouts[1], "passkey")
-    yield (
-        f"These 8 layers find a passkey at {length} the trained length at any depth.",
-        _shares(answers),
-        (_verdict_of_answers(answers)),
-    )
+    claim = f"These 8 layers find a passkey at {length} the trained length at any depth."
+    yield claim, _shares(answers), _verdict_of_answers(answers)
 
 
 def _sink_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[str, str, str]]:
