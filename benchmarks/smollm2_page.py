@@ -71,8 +71,12 @@ def adaptation(parts: Mapping[str, Sequence[Result]]) -> Section:
         f"learning rates and trained tensors were not. {_progress(parts.get('chosen', ()))}"
     )
     losses = [one for part in (*ADAPTED, "full") for one in parts.get(part, ()) if one.metric == "loss"]
-    named = {f"{one.run}": (_arm(one.run), HUES[i]) for i, one in enumerate({one.run: one for one in losses}.values())}
-    curves = Figure("training", [partial(plot_loss, losses=losses, named=named)], "Training loss of the four arms")
+    by_run = split(losses, attrgetter("run"))
+    common = set.intersection(*({one.n for one in here} for here in by_run.values()))
+    named = {run: (_arm(run), HUES[i]) for i, run in enumerate(by_run)}
+    shown_losses = [one for one in losses if one.n in common]
+    caption = "Training loss of the four arms, the mean of ten steps at a time"
+    curves = Figure("training", [partial(plot_loss, losses=shown_losses, named=named)], caption)
     head = [Cell("layout"), Cell("perplexity"), *(Cell(span_name(span)) for span in spans)]
     blocks: list[str | Table | Figure] = [prose, table("Perplexity by position", [Cell("model")], lines, shown)]
     return Section("Adaptation to stripes", [*blocks, Table("The gap to full attention", head, gaps), curves])
