@@ -264,6 +264,7 @@ def test_the_advice_prefers_quality_then_answers_then_time() -> None:
     assert "GL:1024 holds 53\N{NO-BREAK SPACE}% of it at a perplexity of 92.00; adapt it first." in text
     assert advice(plain, ("a", 36.0, 1.0, 50.0, 1.0), ("b", 36.1, 1.0, 40.0, 1.0)).startswith("b: ")
     assert advice(plain, ("a", 60.0, 1.0, 50.0, 100.0)).startswith("No method reads this length as well")
+    assert advice(plain, ("broken", math.nan, 1.0, 9.0, 1.0), extended).startswith("full, self-extend 8:2048: ")
     results = table_of(plain, extended, ("GL:1024", 92.0, 0.2, 25.0, 55.0))
     (line,) = method_summaries([replace(one, model="runs/x/model") if one.layout[0] == "G" else one for one in results])
     assert "must be smaller" not in "".join(cell.text for cell in line)  # it was trained

@@ -47,8 +47,12 @@ def advice(compared: Methods) -> Line:
 
 
 def _best(compared: Methods, scored: Sequence[Series]) -> Series:
-    lowest = min(compared.value(one, "perplexity", compared.far) for one in scored)
-    as_good = [one for one in scored if compared.value(one, "perplexity", compared.far) <= _CLOSE * lowest]
+    def perplexity(series: Series) -> float:
+        value = compared.value(series, "perplexity", compared.far)
+        return math.inf if math.isnan(value) else value
+
+    lowest = min(map(perplexity, scored))
+    as_good = [one for one in scored if perplexity(one) <= _CLOSE * lowest]
 
     def rank(series: Series) -> tuple[float, float]:
         share, seconds = compared.share(series), compared.value(series, "prefill_seconds")
