@@ -33,7 +33,7 @@ _SELECT = (
     f"select {MODEL} --length 8192 --order once "
     "--text examples/books/train/moby_dick.txt --text examples/books/train/pride_and_prejudice.txt"
 )
-_ALL = "linear,yarn,dynamic,self-extend,stripes,stripes+self-extend"
+_ALL = "linear,yarn,dynamic,self-extend,stripes+self-extend"
 _TRAINED = "checkpoint=runs/lcat-smollm2-sinks/model"
 
 
@@ -73,7 +73,7 @@ PARTS = {
     ),
     "32k": (
         "runs/smollm2-32k",
-        f"{_COMPARE} --length 32768 --methods linear,yarn,dynamic,self-extend,stripes+self-extend "
+        f"{_COMPARE} --length 32768 --methods yarn,self-extend,stripes+self-extend "
         f"{_extended(32768, f'stripes={CHOSEN_WITH_SINKS}', _TRAINED)} --windows 6 --samples 1 --task passkey",
     ),
     "groups": (
