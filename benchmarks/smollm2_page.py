@@ -139,7 +139,11 @@ def documents(results: Sequence[Result]) -> Section:
     stories = enumerate(map(json.loads, STORIES.read_text(encoding="utf-8").splitlines()), start=1)
     references = {f"{i}: {one['question']}": one["answers"][0] for i, story in stories for one in story["qa"]}
     rows = [
-        [Cell(question), *(Cell(answers.get(name, "–")) for name in TUNED), Cell(shorten(references[question], 400))]
+        [
+            Cell(question),
+            *(Cell(answers.get(name, "–")) for name in TUNED),
+            Cell(shorten(references[question], 250, placeholder=" …")),
+        ]
         for question, answers in samples.items()
     ]
     head = [Cell("the first question of three stories"), *map(Cell, TUNED), Cell("a reference, its beginning")]
