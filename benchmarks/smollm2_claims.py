@@ -138,13 +138,13 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
     if not math.isnan(far):
         lost = compared.perplexity("full", beyond)
         yield (
-            "Without training, perplexity does not rise beyond the trained length.",
+            "With Self-Extend, without training, perplexity does not rise beyond the trained length.",
             f"{far:.2f} at 8K to 16K, {grouped:.2f} at 4K to 8K; {lost:.1f} unchanged",
             _verdict(far < _BEYOND * grouped, enough=compared.enough(beyond)),
         )
         short = compared.perplexity("full", near), compared.perplexity(extended, near)
         yield (
-            "Within the trained length, perplexity does not rise.",
+            "Within the trained length, Self-Extend does not raise perplexity.",
             f"{grouped:.2f}, unchanged {plain:.2f} at 4K to 8K; {short[1]:.2f}, unchanged {short[0]:.2f} at 2K to 4K",
             _verdict(grouped < _WITHIN * plain and short[1] < _WITHIN * short[0], enough=compared.enough(beyond)),
         )
@@ -152,7 +152,7 @@ def _self_extend_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple
         if answered := compared.answers(extended, task):
             before = compared.answers("full", task)
             yield (
-                f"At twice the trained length a {task.replace('-', ' ')} is answered at any depth.",
+                f"With Self-Extend, at twice the trained length, a {task.replace('-', ' ')} is found at any depth.",
                 f"{_shares(answered)}; {_shares(before)} unchanged",
                 _verdict_of_answers(answered),
             )
@@ -185,13 +185,13 @@ def _claims_at_four_times(parts: Mapping[str, Sequence[Result]]) -> Iterator[tup
         return
     lost = compared.perplexity("full", beyond)
     yield (
-        "Without training, perplexity does not rise up to four times the trained length.",
+        "With Self-Extend, without training, perplexity does not rise up to four times the trained length.",
         f"{far:.2f} at 16K to 32K, {near:.2f} at 4K to 8K; {lost:,.0f} unchanged",
         _verdict(far < _BEYOND * near, enough=compared.enough(beyond)),
     )
     answers = compared.answers("full" + extended, "passkey")
     yield (
-        "At four times the trained length a passkey is answered at any depth.",
+        "With Self-Extend, at four times the trained length, a passkey is found at any depth.",
         f"{_shares(answers)}; {_shares(compared.answers('full', 'passkey'))} unchanged",
         _verdict_of_answers(answers),
     )
@@ -243,7 +243,7 @@ def _adaptation_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[
         gaps = [gap for gap in (Gap.of(parts, part, span, opened_by) for span in spans) if gap]
         own = [gap for gap in (Gap.of(parts, part, span) for span in spans) if gap]
         if gaps:
-            text = f"from 1K to 8K: {_percents(gap.share for gap in gaps)}"
+            text = f"at 1K–2K, 2K–4K and 4K–8K: {_percents(gap.share for gap in gaps)}"
             if part != opened_by:
                 alone = (1 - small.before / whole.before for small, whole in zip(own, gaps, strict=True))
                 text += f"; sinks alone, untrained: {_percents(alone)}"
@@ -254,9 +254,9 @@ def _adaptation_claims(parts: Mapping[str, Sequence[Result]]) -> Iterator[tuple[
     if at.keys() >= {(trained, span) for trained in (False, True) for span in (near, far)}:
         values = {trained: (at[trained, near], at[trained, far]) for trained in (False, True)}
         yield (
-            "With YaRN and a few steps at twice the length, perplexity at 8K to 16K is within 10 % of 4K to 8K.",
-            f"{values[True][1]:.2f} and {values[True][0]:.2f}; before these steps "
-            f"{values[False][1]:.2f} and {values[False][0]:.2f}",
+            "With YaRN, the adapted model's perplexity at 8K to 16K is within 10 % of 4K to 8K.",
+            f"{values[False][1]:.2f} and {values[False][0]:.2f} without a step at this length; after 12 steps "
+            f"{values[True][1]:.2f} and {values[True][0]:.2f}",
             _verdict(values[True][1] < 1.1 * values[True][0]),
         )
 

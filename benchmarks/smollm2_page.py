@@ -193,7 +193,8 @@ _ABOUT: list[str | Table | Figure] = [
     "further: lcat-smollm2 was adapted to stripes by 40 steps of LoRA on other novels and code, and lit-smollm2 was "
     "then tuned on instructions. All else is the source, untrained.",
     "Two machines were used. Rows of the device cpu are from a machine without AMX instructions, the others from an "
-    "Intel one with AMX. So compare times only within a table. The harder retrieval task, needle, was run at 8,192 "
+    "Intel one with AMX. So compare times only within a table. On the first machine the time of a token is a mean of "
+    "eight, not a median. The harder retrieval task, needle, was run at 8,192 "
     "tokens alone.",
 ]
 _BUSY = "Five of these methods were timed while the machine's other core worked, so their times are upper bounds."
@@ -204,7 +205,7 @@ def _comparison(parts: Mapping[str, list[Result]], part: str, title: str, note: 
     results = parts.get(part, [])
     kinds = by_kind(results)
     blocks = [
-        *("".join(cell.text for cell in line) for line in methods.method_summaries(results)),
+        *("".join(cell.text for cell in line) for line in methods.method_summaries(results) if not note),
         *methods.methods(results).blocks,
         *perplexity.positions(kinds["position"]).blocks,
         *retrieval.retrieval(kinds["retrieval"]).blocks,

@@ -22,7 +22,7 @@ HOW = (
     "checkpoints, such as trained ones, may be below it. Tasks such as passkey: samples "
     "answered, over all depths. Prefill: the time from an empty cache to the first token, timed once. Cache: the keys "
     "and values after that. Both are also given as multiples of those of the unchanged checkpoint. A token: the time "
-    "to decode one, of eight."
+    "to decode one, the median of eight."
 )
 _COSTS = (
     ("prefill", "s", "prefill_seconds", 1.0),
