@@ -73,7 +73,7 @@ PARTS = {
     ),
     "32k": (
         "runs/smollm2-32k",
-        f"{_COMPARE} --length 32768 --methods yarn,self-extend,stripes+self-extend "
+        f"{_COMPARE} --length 32768 --methods linear,yarn,dynamic,self-extend,stripes+self-extend "
         f"{_extended(32768, f'stripes={CHOSEN_WITH_SINKS}', _TRAINED)} --windows 6 --samples 1 --task passkey",
     ),
     "groups": (
