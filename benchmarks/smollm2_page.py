@@ -194,8 +194,8 @@ _ABOUT: list[str | Table | Figure] = [
     "then tuned on instructions. All else is the source, untrained.",
     "Two machines were used. Rows of the device cpu are from a machine without AMX instructions, the others from an "
     "Intel one with AMX. So compare times only within a table. On the first machine the time of a token is a mean of "
-    "eight, not a median. The harder retrieval task, needle, was run at 8,192 "
-    "tokens alone.",
+    "eight, not a median. The harder retrieval task, needle, was run at 8,192 tokens alone. Beyond, linear scaling was "
+    "asked for no passkeys, for want of time.",
 ]
 _BUSY = "Five of these methods were timed while the machine's other core worked, so their times are upper bounds."
 
